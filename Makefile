@@ -1,0 +1,70 @@
+# Two commands do everything: `make demo` and `make test`. They make .venv and install into it what is needed.
+# With PYTHON=/path/to/python that interpreter is used as it is, and nothing is installed.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean product tools
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@echo "make … PYTHON=/path/to/python uses an interpreter that has the packages already and installs nothing"
+
+demo: product  ## fine-tune the embedded ViT on the embedded pictures: offline, about a minute and a half on 2 cores
+	$(RUN) main.py --config configs/demo.py
+	@echo
+	@echo "Next, the run this project exists for (the README says where to get the checkpoint):"
+	@echo "  $(RUN) main.py --config configs/cifar100_b16.py --config.model.checkpoint=ViT-B_16.npz"
+
+test: tools  ## all tests
+	$(RUN) -m pytest
+
+check: tools  ## lint and type-check
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:  ## remove .venv, caches and what a build left; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+TEST_TOOLS := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test'], sep='\n')
+
+ifeq ($(origin PYTHON), command line)
+
+RUN := $(PYTHON)
+# $(call require,command): fails with a sentence where the interpreter lacks a package that the command prints a line for.
+require = @$(1) | $(RUN) -c "import importlib.metadata as m, re, sys; key = lambda s: re.sub('[-_.]+', '-', s or '').lower(); \
+	lacking = {key(s) for s in re.findall(r'(?m)^\w[\w.-]*', sys.stdin.read())} - {key(d.metadata['Name']) for d in m.distributions()}; \
+	sys.exit('$(PYTHON) lacks ' + ', '.join(sorted(lacking)) + ': install them there, or leave PYTHON= out and a .venv is made.' if lacking else 0)"
+
+product:
+	$(call require,cat requirements.txt)
+tools: product
+	$(call require,$(RUN) -c "$(TEST_TOOLS)")
+
+else
+
+RUN := .venv/bin/python
+REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+product: .venv/.product
+tools: .venv/.tools
+
+# The stamps are written last, so an installation that was cut off goes on next time.
+.venv/.product: requirements.txt $(REQUIREMENTS)
+	@for python in python3 python3.13 python3.12 python3.11 python; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then echo "Python 3.11 or newer is needed, and none was found." >&2; exit 1; fi; \
+	$$found -m venv .venv || { echo "$$found could not make .venv (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@echo "Installing $(REQUIREMENTS) into .venv: a minute or two the first time."
+	@$(INSTALL) -r $(REQUIREMENTS)
+	@touch $@
+
+.venv/.tools: .venv/.product pyproject.toml
+	@$(RUN) -c "$(TEST_TOOLS)" | $(INSTALL) -r /dev/stdin
+	@touch $@
+
+endif

@@ -1,0 +1,36 @@
+"""Settings every test runs under. They are environment variables, so that the processes a test starts have them too."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+# Before JAX is first imported: eight simulated devices on the CPU, and no silent promotion of ranks.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of oracles and real data, which is no part of the product: tests that need it are skipped where it is not."""
+    folder = Path(os.environ.get("VIT_JAX_SHARED", ROOT / ".." / "shared"))
+    if not (folder / "oracles").is_dir():
+        pytest.skip(f"needs the shared folder of oracles; none at {folder} (set VIT_JAX_SHARED)")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def prepared_cifar100(shared, tmp_path_factory):
+    """The TFDS directory that holds the real CIFAR-100, and in `seconds` how long it took to prepare."""
+    from vit_jax.data.prepare import prepare
+    from vit_jax.data.tasks import TASKS
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    begin = time.perf_counter()
+    prepare(TASKS["cifar100"], shared / "data" / "cifar-100-binary.tar.xz", data_dir)
+    (data_dir / "seconds").write_text(str(time.perf_counter() - begin))
+    return data_dir

@@ -1,0 +1,155 @@
+"""The floors of the house: what may import what, read off the import statements."""
+
+import ast
+import graphlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the ground up; a file may import its own floor and those below.
+FLOORS = (
+    {"config", "models", "data"},
+    {"transforms", "peers"},
+    {"checkpoints"},
+    {"training", "reports"},
+    {"predict", "studies", "benchmark", "vit_jax", "main", "configs"},
+)
+FORBIDDEN = {  # beyond the floors: room → what its files never import, wherever in the file
+    "models": {"vit_jax.config", "vit_jax.data"},
+    "data": {"jax", "flax", "optax", "orbax", "chex"},  # a decoding worker must not grab a GPU
+    "transforms": {"vit_jax.data"},
+    "training": {"vit_jax.reports"},
+    "reports": {"vit_jax.training"},
+}
+NOWHERE = {"tensorflow", "torch"}
+
+
+def read(root: Path) -> dict[str, set[str]]:
+    """Every module of the product under root → the modules that its import statements name, in functions too."""
+    files = [*root.glob("vit_jax/**/*.py"), *root.glob("configs/*.py"), *root.glob("main.py")]
+    paths = {file: file.relative_to(root).with_suffix("").parts for file in files}
+    modules = {".".join(path).removesuffix(".__init__"): (file, path) for file, path in paths.items()}
+
+    def named(file: Path, path: tuple[str, ...]):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = [*(path[: -node.level] if node.level else ()), *(node.module.split(".") if node.module else ())]
+                yield from (".".join([*base, alias.name]) for alias in node.names)
+
+    def resolve(name: str) -> str:
+        if name.split(".")[0] != "vit_jax":
+            return name
+        while name not in modules and "." in name:  # `from module import name` names something inside a module
+            name = name.rpartition(".")[0]
+        return name
+
+    return {module: {resolve(name) for name in named(*where)} - {module} for module, where in modules.items()}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "vit_jax" and len(parts) > 1 else parts[0]
+
+
+def floor(module: str) -> int:
+    return next((number for number, rooms in enumerate(FLOORS, 1) if room(module) in rooms), 0)
+
+
+def violations(root: Path) -> list[str]:
+    graph = read(root)
+    found = [f"{module} stands on no floor" for module in graph if not floor(module)]
+    for module, names in graph.items():
+        for name in sorted(names):
+            top = name.split(".")[0]
+            if top in ("vit_jax", "configs", "main") and floor(name) > floor(module):
+                found.append(f"{module} imports {name}, which is upwards")
+            if {top, ".".join(name.split(".")[:2])} & (NOWHERE | FORBIDDEN.get(room(module), set())):
+                found.append(f"{module} imports {name}, which is forbidden there")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"a circle: {' → '.join(error.args[1])}")
+    return found
+
+
+def loaded(statement: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter loads for the statement."""
+    command = [sys.executable, "-X", "importtime", "-c", statement]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr.splitlines()
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
+
+
+def test_the_product_keeps_its_floors():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("vit_jax/models/vit.py", "from vit_jax.training import loop", "upwards"),
+        ("vit_jax/models/vit.py", "def f():\n    from ..training.loop import train", "upwards"),
+        ("vit_jax/models/vit.py", "import vit_jax", "upwards"),
+        ("vit_jax/models/vit.py", "from vit_jax.config import Model", "forbidden"),
+        ("vit_jax/data/tasks.py", "def f():\n    import jax.numpy as jnp", "forbidden"),
+        ("vit_jax/transforms/a.py", "from vit_jax import data", "forbidden"),
+        ("vit_jax/reports/page.py", "from ..training import loop", "forbidden"),
+        ("vit_jax/training/a.py", "import vit_jax.reports.page", "forbidden"),
+        ("main.py", "import tensorflow as tf", "forbidden"),
+        ("configs/a.py", "from torch import nn", "forbidden"),
+        ("vit_jax/training/loop.py", "from . import a", "a circle"),
+        ("vit_jax/utils.py", "", "no floor"),
+    ],
+)
+def test_what_breaks_the_floors_is_found(tmp_path, path, source, message):
+    good = {
+        "main.py": "import vit_jax\nfrom vit_jax.training.loop import train\nfrom configs import a",
+        "configs/a.py": "from vit_jax.config import Config",
+        "vit_jax/__init__.py": "from vit_jax import training",
+        "vit_jax/config.py": "import json",
+        "vit_jax/data/__init__.py": "import numpy as np\nimport tensorflow_datasets",
+        "vit_jax/training/__init__.py": "",
+        "vit_jax/training/a.py": "from vit_jax.training.loop import train\nfrom ..data import tasks",
+        "vit_jax/training/loop.py": "from vit_jax.config import Config",
+        "vit_jax/reports/page.py": "",
+    }
+    for name, text in good.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert violations(tmp_path) == []
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text(source)
+    assert any(message in line for line in violations(tmp_path))
+
+
+def test_every_package_it_imports_is_declared():
+    def key(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    declared = {key(name) for name in re.findall(r"(?m)^\w[\w.-]*", (ROOT / "requirements.txt").read_text())}
+    tops = {name.split(".")[0] for names in read(ROOT).values() for name in names}
+    tops -= {*sys.stdlib_module_names, "vit_jax", "configs", "main"}
+    providers = importlib.metadata.packages_distributions()
+    assert {top for top in tops if not declared & {key(name) for name in providers.get(top, [top])}} == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "absent"),
+    [
+        ("", NOWHERE | {"orbax", "tensorflow_datasets", "grain", "matplotlib"}),
+        ("data", NOWHERE | FORBIDDEN["data"]),
+    ],
+)
+def test_what_an_import_loads(room, absent):
+    files = (ROOT / "vit_jax" / room).glob("[!_]*.py") if room else ()
+    names = ["vit_jax", *(f"vit_jax.{room}.{file.stem}" for file in files)]
+    tops = loaded(f"import {', '.join(names)}")
+    assert "vit_jax" in tops
+    assert tops & absent == set()

@@ -1,0 +1,32 @@
+"""Fine-tunes Google's published Vision Transformers in JAX/Flax.
+
+What other code may rely on is exported here. Each name is looked up when it is first used (PEP 562), so that importing
+the package, or one part of it, does not import all.
+"""
+
+import importlib
+from typing import Any
+
+_DOORS = {
+    "Config": "config",
+    "VisionTransformer": "models.vit",
+    "attention_maps": "models.intermediates",
+    "build": "models.variants",
+    "features": "models.intermediates",
+    "load": "checkpoints.load",
+    "preprocess": "transforms.preprocess",
+    "save_npz": "checkpoints.google",
+    "train": "training.loop",
+}
+
+__all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,113 @@
+"""Properties of the model that no oracle of numbers shows."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models.intermediates import attention_maps, features, stages
+from vit_jax.models.variants import build, shapes
+
+TINY = dict(hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64)
+
+
+def make(variant: str = "B/16", size: int = 32, **fields):
+    model = build(variant, **{**TINY, "num_classes": 3, **fields})
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(scale=0.2, size=leaf.shape), leaf.dtype), shapes(model, size))
+    return model, params, jnp.asarray(draw.normal(size=(2, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize(("variant", "size"), [("B/16", 32), ("R+Ti/16", 64), ("R26+S/32", 32)])
+def test_dtype_reaches_every_layer(variant, size):
+    fields = dict(resnet=(1, 1), resnet_width=32) if variant.startswith("R26") else {}
+    model = build(variant, **{**TINY, "num_classes": 3, "dtype": jnp.bfloat16, "representation_size": 16, **fields})
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    params = shapes(model, size)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+    def inside(params, images):
+        return model.apply({"params": params}, images, mutable="intermediates", capture_intermediates=True)
+
+    logits, state = jax.eval_shape(inside, params, images)
+    assert logits.dtype == jnp.float32
+    outputs = jax.tree_util.tree_leaves_with_path(state["intermediates"])
+    assert len(outputs) > 20
+    for path, leaf in outputs:
+        # Softmax is float32 by promise, and so is the result of the whole, which has no name in its path.
+        by_promise = path[-2].key == "attention_weights" or (len(path) == 2 and leaf.shape == logits.shape)
+        assert leaf.dtype == (jnp.float32 if by_promise else jnp.bfloat16), path
+
+
+def test_attention_maps_cost_nothing_until_asked_for(monkeypatch):
+    model, params, images = make()
+
+    def lowered() -> str:
+        return jax.jit(lambda *args: model.apply({"params": args[0]}, args[1])).lower(params, images).as_text()
+
+    with_weights = lowered()
+    attention = nn.MultiHeadDotProductAttention.__call__
+    monkeypatch.setattr(
+        nn.MultiHeadDotProductAttention, "__call__", lambda self, x, sow_weights: attention(self, x, sow_weights=False)
+    )
+    assert lowered() == with_weights
+
+
+def test_attention_rows_sum_to_one():
+    maps = attention_maps(*make())
+    assert maps.shape == (2, 2, 2, 5, 5)
+    np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
+
+
+def test_features_are_what_the_head_sees():
+    model, params, images = make(representation_size=16)
+    seen = features(model, params, images)
+    assert seen.shape == (2, 16)
+    logits = seen @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, -1)
+    np.testing.assert_allclose(model.apply({"params": params}, images), logits, rtol=1e-5)
+    np.testing.assert_allclose(stages(model, params, images)["pre_logits"], seen, rtol=1e-6)
+
+
+def test_gap_is_blind_to_the_order_of_patches_without_positions():
+    model, params, images = make(classifier="gap")
+    params["Transformer"]["posembed_input"]["pos_embedding"] *= 0
+    swapped = jnp.concatenate([images[:, 16:], images[:, :16]], axis=1)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, images), model.apply({"params": params}, swapped), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_head_begins_at_zero():
+    model = build("B/16", **TINY, num_classes=3)
+    images = jnp.ones((1, 32, 32, 3))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    assert not params["head"]["kernel"].any() and not model.apply({"params": params}, images).any()
+
+
+def test_dropout_only_in_training():
+    model, params, images = make(dropout=0.5, attention_dropout=0.5, num_classes=0)
+    apply = lambda train, key: model.apply({"params": params}, images, train, rngs={"dropout": jax.random.key(key)})  # noqa: E731
+    assert (apply(False, 0) == apply(False, 1)).all()
+    assert (apply(True, 0) != apply(True, 1)).any()
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+def test_each_dropout_is_read(name):
+    model, params, images = make(num_classes=0, **{name: 0.5})
+    dropped = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    assert (dropped != model.apply({"params": params}, images)).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 40, 32, 3), "40×32 pixels do not divide into patches of 16"),
+        ((1, 32, 32, 4), r"expected images \[B, H, W, 3\]"),
+        ((1, 48, 32, 3), "make 7 tokens of 32 values, the parameters hold positions for 5 of 32"),
+    ],
+)
+def test_pictures_that_do_not_fit(shape, message):
+    model, params, _ = make()
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, jnp.zeros(shape))

@@ -1,0 +1,132 @@
+"""The table of architectures, and the two ways to a model: by name, or from a tree of parameters."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.vit import VisionTransformer
+
+# hidden size, layers, heads, MLP width: table 1 of the ViT paper, section 3.2 of "How to train your ViT?"; Mini is ours.
+_SIZES = {
+    "Mini": (192, 6, 3, 768),
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+
+
+def _row(size: str, patch_size: int, resnet: tuple[int, ...] | None = None) -> dict[str, Any]:
+    hidden_size, num_layers, num_heads, mlp_dim = _SIZES[size]
+    return dict(
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        mlp_dim=mlp_dim,
+        resnet=resnet,
+    )
+
+
+# A hybrid's name counts pixels a token (its patch size is on the ResNet's output), but for R+Ti/16, whose stride is 32.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Mini/4": _row("Mini", 4),
+    "Mini/8": _row("Mini", 8),
+    "Ti/16": _row("Ti", 16),
+    "S/16": _row("S", 16),
+    "S/32": _row("S", 32),
+    "B/8": _row("B", 8),
+    "B/16": _row("B", 16),
+    "B/32": _row("B", 32),
+    "L/16": _row("L", 16),
+    "L/32": _row("L", 32),
+    "H/14": _row("H", 14),
+    "R+Ti/16": _row("Ti", 8, ()),
+    "R26+S/32": _row("S", 1, (2, 2, 2, 2)),
+    "R26+B/32": _row("B", 1, (2, 2, 2, 2)),
+    "R50+B/16": _row("B", 1, (3, 4, 9)),
+    "R50+L/32": _row("L", 1, (3, 4, 6, 3)),
+}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("vit-", ""))
+
+
+def build(name: str, **fields: Any) -> VisionTransformer:
+    """The model of a row of VARIANTS.
+
+    `name` is taken in any of its spellings ("B/16", "ViT-B_16", "B_16", "R26+S/32", "R26_S_32", "R50+ViT-B_16");
+    `fields` are VisionTransformer's, `num_classes` among them (default 0: no head). ValueError for an unknown name.
+    """
+    for known, row in VARIANTS.items():
+        if _plain(known) == _plain(name):
+            return VisionTransformer(**{"num_classes": 0, **row, **fields})
+    raise ValueError(f"there is no variant {name!r}; there are {', '.join(VARIANTS)}")
+
+
+def shapes(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> dict[str, Any]:
+    """The model's parameter tree with a jax.ShapeDtypeStruct at every leaf; nothing is allocated."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
+    """The number of the model's parameters; `image_size` matters, for the positions are parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_size)))
+
+
+def _numbered(names: Mapping[str, Any], prefix: str, first: int, where: str) -> int:
+    """How many of `names` are prefix + number; they must count on from `first`."""
+    found = sorted(int(name[len(prefix) :]) for name in names if re.fullmatch(prefix + r"\d+", name))
+    for expected, number in enumerate(found, first):
+        if number != expected:
+            raise ValueError(f"{where}{prefix}{expected} is missing while there is {prefix}{number}")
+    return len(found)
+
+
+def from_tree(params: Mapping[str, Any]) -> VisionTransformer:
+    """The model that a tree of parameters belongs to, all of it read off names and shapes.
+
+    Leaves need a shape only. Raises ValueError with the path of what is missing or of the wrong rank; that every shape
+    agrees with the model returned is for the caller to compare (`shapes`).
+    """
+
+    def shape(path: str, rank: int) -> tuple[int, ...]:
+        node: Any = params
+        for name in path.split("/"):
+            if not isinstance(node, Mapping) or name not in node:
+                raise ValueError(f"{path} is missing")
+            node = node[name]
+        if len(getattr(node, "shape", ())) != rank:
+            raise ValueError(f"{path} should have {rank} axes, has shape {list(getattr(node, 'shape', []))}")
+        return node.shape
+
+    patch, width, _, hidden = shape("embedding/kernel", 4)
+    if patch != width:
+        raise ValueError(f"embedding/kernel makes patches of {patch}×{width} pixels, they must be square")
+    num_layers = _numbered(params.get("Transformer", {}), "encoderblock_", 0, "Transformer/")
+    if not num_layers:
+        raise ValueError("Transformer/encoderblock_0 is missing")
+    resnet, resnet_width = None, 64
+    if "conv_root" in params:
+        resnet_width = shape("conv_root/kernel", 4)[-1]
+        stages = _numbered(params, "block", 1, "")
+        resnet = tuple(_numbered(params[f"block{i + 1}"], "unit", 1, f"block{i + 1}/") for i in range(stages))
+    return VisionTransformer(
+        num_classes=shape("head/kernel", 2)[-1] if "head" in params else 0,
+        patch_size=patch,
+        hidden_size=hidden,
+        num_layers=num_layers,
+        num_heads=shape("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", 3)[1],
+        mlp_dim=shape("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", 2)[1],
+        classifier="token" if "cls" in params else "gap",
+        representation_size=shape("pre_logits/kernel", 2)[-1] if "pre_logits" in params else 0,
+        resnet=resnet,
+        resnet_width=resnet_width,
+    )

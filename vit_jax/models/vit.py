@@ -1,0 +1,165 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021) with modules named as the arrays in Google's published files.
+
+The parameter tree is the checkpoint: a file's key "Transformer/encoderblock_0/LayerNorm_0/scale" is the leaf of that
+path. The names count layers the way Linen's predecessor did (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2,
+MlpBlock_3). Every value that parity hangs on is written out: tanh GELU, epsilon 1e-6, the order of additions.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.resnet import ResNet
+
+_XAVIER = nn.initializers.xavier_uniform()
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU in between; [B, T, D] → [B, T, D]."""
+
+    mlp_dim: int
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        bias = nn.initializers.normal(1e-6)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        # Both layers are named: named by nesting, the inner call would come first.
+        y = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=_XAVIER, bias_init=bias, name="Dense_0")(x)
+        y = drop(nn.gelu(y, approximate=True))
+        return drop(nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=_XAVIER, bias_init=bias, name="Dense_1")(y))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and around a residual; [B, T, D] → [B, T, D]."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        attention = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            kernel_init=_XAVIER,
+            dropout_rate=self.attention_dropout,
+            broadcast_dropout=False,
+            deterministic=not train,
+            force_fp32_for_softmax=True,
+            name="MultiHeadDotProductAttention_1",
+        )
+        mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name="MlpBlock_3")
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        # Sown weights cost nothing unless `intermediates` is mutable: the lowered program is the same without them.
+        x = x + nn.Dropout(self.dropout, deterministic=not train)(attention(y, sow_weights=True))
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
+        return x + mlp(y, train)
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a learned vector to each token; [B, T, D] → [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (1, *x.shape[1:])
+        if self.has_variable("params", "pos_embedding"):
+            found: tuple[int, ...] = self.get_variable("params", "pos_embedding").shape
+            if found != shape:
+                raise ValueError(
+                    f"the pictures make {shape[1]} tokens of {shape[2]} values, the parameters hold positions for "
+                    f"{found[1]} of {found[2]}: load(…, image_size=…) resizes the positions to another picture size"
+                )
+        positions = self.param("pos_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        return x + positions.astype(x.dtype)
+
+
+class Encoder(nn.Module):
+    """Positions, the blocks and a last LayerNorm; [B, T, D] → [B, T, D]."""
+
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = PositionEmbedding(name="posembed_input")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for i in range(self.num_layers):
+            x = EncoderBlock(
+                self.num_heads, self.mlp_dim, self.dropout, self.attention_dropout, self.dtype, name=f"encoderblock_{i}"
+            )(x, train)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+
+
+class VisionTransformer(nn.Module):
+    """A classifier of pictures.
+
+    Called with images float32 [B, H, W, 3], usually in [-1, 1], of a height and width that `stride` divides; returns
+    float32 logits [B, num_classes], or the features [B, hidden_size] that a head would see where `num_classes` is 0.
+    With `train=True` it wants a "dropout" key.
+
+    Parameters are float32; `dtype` is the computation's, in every layer. Softmax, the statistics of LayerNorm and the
+    head's result are float32 whatever it is.
+    """
+
+    num_classes: int
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    classifier: str = "token"  # "token": from a class token; "gap": from the mean of all tokens
+    representation_size: int = 0  # width of pre_logits (Dense and tanh before the head); 0: none
+    resnet: tuple[int, ...] | None = None  # units of each ResNet stage in front; (): the bare root; None: pictures
+    resnet_width: int = 64
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the picture, in height and width, behind one token."""
+        return self.patch_size * (1 if self.resnet is None else 4 * 2 ** max(0, len(self.resnet) - 1))
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"expected images [B, H, W, 3], got {list(images.shape)}")
+        if images.shape[1] % self.stride or images.shape[2] % self.stride:
+            raise ValueError(
+                f"pictures of {images.shape[1]}×{images.shape[2]} pixels do not divide into patches of {self.stride}"
+            )
+        x = images.astype(self.dtype)
+        if self.resnet is not None:
+            resnet = ResNet(self.resnet, self.resnet_width, self.dtype)
+            nn.share_scope(self, resnet)  # in the files, root and stages lie at the top of the tree
+            x = resnet(x)
+        x = nn.Conv(
+            self.hidden_size, 2 * (self.patch_size,), 2 * (self.patch_size,), "VALID", dtype=self.dtype, name="embedding"
+        )(x)
+        x = x.reshape(x.shape[0], -1, self.hidden_size)
+        if self.classifier == "token":
+            token = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size), jnp.float32)
+            x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (x.shape[0], 1, 1)), x], axis=1)
+        x = Encoder(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_dim,
+            self.dropout,
+            self.attention_dropout,
+            self.dtype,
+            name="Transformer",
+        )(x, train)
+        x = x[:, 0] if self.classifier == "token" else jnp.mean(x, axis=1)
+        if self.representation_size:
+            x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="head")(x)
+        return x.astype(jnp.float32)

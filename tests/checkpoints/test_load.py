@@ -1,0 +1,141 @@
+"""From a file to a model: heads, picture sizes, and files that are no such model."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoints.catalogue import PUBLISHED, find, resolve
+from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.checkpoints.load import load, resize_positions
+from vit_jax.models.variants import VARIANTS, build, count, shapes
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """A tiny ViT's arrays under their published names: patch 8, trained at 32 px (a 4×4 grid), 5 classes."""
+    model = build("B/8", hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32, num_classes=5, representation_size=8)
+    draw = np.random.default_rng(0)
+    flat = flatten_dict(shapes(model, 32), sep="/")
+    return {name: draw.normal(size=leaf.shape).astype(np.float32) for name, leaf in flat.items()}
+
+
+@pytest.fixture
+def saved(tree, tmp_path):
+    """A function that writes the tree with changes (None drops a leaf) and returns the path."""
+
+    def write(**changes):
+        flat = {name: leaf for name, leaf in {**tree, **changes}.items() if leaf is not None}
+        np.savez(tmp_path / "x.npz", **flat)
+        return str(tmp_path / "x.npz")
+
+    return write
+
+
+def test_as_it_stands(saved, tree):
+    model, params = load(saved())
+    assert (model.num_classes, model.representation_size, model.patch_size, model.num_heads) == (5, 8, 8, 2)
+    assert all(np.array_equal(leaf, tree[name]) for name, leaf in flatten_dict(params, sep="/").items())
+
+
+def test_for_fine_tuning(saved, tree):
+    model, params = load(saved(), num_classes=7, dropout=0.1)
+    assert (model.num_classes, model.representation_size, model.dropout) == (7, 0, 0.1)
+    assert "pre_logits" not in params and params["head"]["kernel"].shape == (16, 7)
+    assert not params["head"]["kernel"].any() and not params["head"]["bias"].any()
+
+
+def test_without_a_head(saved):
+    path = saved(**{"head/kernel": None, "head/bias": None})
+    with pytest.raises(CheckpointError, match="x.npz has no head; give num_classes"):
+        load(path)
+    model, params = load(path, num_classes=0)
+    assert model.num_classes == 0 and "head" not in params
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 2), (7, 7), (24, 24), (3, 9), (1, 5)])
+@pytest.mark.parametrize("class_row", [True, False])
+def test_positions_are_resized_as_the_original_does(grid, class_row):
+    positions = np.random.default_rng(1).normal(size=(1, 16 + class_row, 3)).astype(np.float32)
+    found = resize_positions(positions, grid, class_row)
+    body = positions[0, int(class_row) :].reshape(4, 4, 3)
+    expected = scipy.ndimage.zoom(body, (grid[0] / 4, grid[1] / 4, 1), order=1).reshape(1, -1, 3)
+    assert found.dtype == np.float32 and found.shape == (1, grid[0] * grid[1] + class_row, 3)
+    np.testing.assert_allclose(found[:, int(class_row) :], expected, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(found[:, : int(class_row)], positions[:, : int(class_row)])
+
+
+def test_a_rectangular_picture(saved):
+    model, params = load(saved(), image_size=(16, 48))
+    logits = model.apply({"params": params}, np.zeros((1, 16, 48, 3), np.float32))
+    assert logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("image_size", [30, (32, 20), 0, -8])
+def test_a_picture_size_that_patches_do_not_divide(saved, image_size):
+    with pytest.raises(ValueError, match="does not divide into patches: .*x.npz wants multiples of 8 pixels"):
+        load(saved(), image_size=image_size)
+
+
+BLOCK = "Transformer/encoderblock_"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"embedding/kernel": None, "embedding/bias": None}, "embedding/kernel is missing"),
+        ({"embedding/bias": None}, "embedding/bias is missing"),
+        ({f"{BLOCK}1/LayerNorm_0/scale": None}, f"{BLOCK}1/LayerNorm_0/scale is missing"),
+        ({f"{BLOCK}3/LayerNorm_0/scale": np.ones(16, np.float32)}, f"{BLOCK}2 is missing while there is .*_3"),
+        ({f"{BLOCK}2/LayerNorm_0/scale": np.ones(16, np.float32)}, f"{BLOCK}2/.* is missing"),
+        ({f"{BLOCK}0/extra/scale": np.ones(16, np.float32)}, f"{BLOCK}0/extra/scale belongs to no 2-block"),
+        ({"Transformer/posembed_input/pos_embedding": None}, "pos_embedding is missing"),
+        ({"Transformer/posembed_input/pos_embedding": np.ones(3, np.float32)}, "pos_embedding should have 3 axes"),
+        ({"cls": np.ones((1, 1, 8), np.float32)}, r"cls should have shape \(1, 1, 16\), has \(1, 1, 8\)"),
+        ({f"{BLOCK}1/MlpBlock_3/Dense_0/kernel": np.ones((16, 8), np.float32)}, r"Dense_0/kernel should have shape"),
+        ({"head/kernel": np.ones(3, np.float32)}, "head/kernel should have 2 axes"),
+        ({"head/bias": np.ones(4, np.float32)}, r"head/bias should have shape \(5,\), has \(4,\)"),
+    ],
+)
+def test_a_file_that_is_no_such_model(saved, changes, said):
+    with pytest.raises(CheckpointError, match=f"x.npz.*{said}") as error:
+        load(saved(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_positions_that_make_no_square_cannot_be_resized(saved):
+    path = saved(**{"Transformer/posembed_input/pos_embedding": np.ones((1, 1 + 12, 16), np.float32)})
+    load(path)  # fine as it stands: a rectangle of our own making
+    with pytest.raises(CheckpointError, match="x.npz: 12 positions make no square grid"):
+        load(path, image_size=32)
+
+
+def test_the_embedded_row_is_the_first_and_loads_by_name():
+    name, row = next(iter(PUBLISHED.items()))
+    model, params = load(name)
+    assert (name, model.num_classes) == ("mini_8", row.num_classes)
+    assert model == build(row.variant, num_classes=row.num_classes)
+    assert sum(leaf.size for leaf in flatten_dict(params).values()) == count(model, row.image_size) == 2_757_896
+
+
+def test_rows_name_known_variants():
+    assert all(row.variant in VARIANTS for row in PUBLISHED.values())
+
+
+@pytest.mark.parametrize("source", ["ViT-B_16", "ViT-B_16.npz", "somewhere/ViT-B_16.npz"])
+def test_a_published_file_that_is_not_here(source):
+    with pytest.raises(CheckpointError, match=r"download https://storage\.googleapis\.com/.*/imagenet21k/ViT-B_16\.npz"):
+        find(source)
+
+
+def test_an_existing_path_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini_8").write_bytes(b"")
+    assert str(find("mini_8")) == "mini_8"
+
+
+def test_unknown_names():
+    with pytest.raises(CheckpointError, match="neither a file nor a published name; published here are mini_8, "):
+        find("nothing.npz")
+    with pytest.raises(CheckpointError, match="nearest names: ViT-B_"):
+        resolve("ViT-B_61")

@@ -1,0 +1,388 @@
+"""From an archive to TFDS data: what is written, what is refused, and that nothing half-made is taken for whole."""
+
+import dataclasses
+import hashlib
+import http.server
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from vit_jax.data import prepare, tasks
+from vit_jax.data.sources import open_split
+from vit_jax.data.tasks import DataError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def left_in(folder):
+    """Every file below the folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def by_digest(pictures, labels):
+    """Digest of a picture -> its label: what a split holds, in whatever order."""
+    return {hashlib.sha256(picture).digest(): int(label) for picture, label in zip(pictures, labels, strict=True)}
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
+def test_pictures_and_labels_come_back_as_they_went_in(tiny, records, pack, tmp_path, compression):
+    folder = prepare.prepare(tiny, pack(compression), tmp_path / "data")
+    assert folder == tmp_path / "data" / "cifar100" / "3.0.2"
+    for split, made in records.items():
+        source = open_split(tiny, split, tmp_path / "data")
+        pictures = made[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        assert by_digest(*source.take(np.arange(len(source)))) == by_digest(np.ascontiguousarray(pictures), made[:, 1])
+        assert source.class_names == [f"label_{i}" for i in range(100)]
+    assert not any("incomplete" in name or "lock" in name for name in left_in(tmp_path / "data"))
+
+
+def test_the_stock_tfds_reads_it(tiny, records, pack, tmp_path):
+    import tensorflow_datasets as tfds
+
+    prepare.prepare(tiny, pack(), tmp_path / "data")
+    stock = tfds.data_source("cifar100", data_dir=tmp_path / "data")
+    assert {split: len(source) for split, source in stock.items()} == {"train": 120, "test": 40}
+    for example in stock["test"]:
+        record = records["test"][int(example["id"].decode().removeprefix("test_"))]
+        assert (example["coarse_label"], example["label"]) == (record[0], record[1])
+        np.testing.assert_array_equal(example["image"], record[2:].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert "tensorflow" not in sys.modules
+
+
+def test_cifar10_is_prepared_from_five_files_and_one(tmp_path, pack, files):
+    rng = np.random.default_rng(1)
+    files.clear()
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        made = rng.integers(0, 256, (10, 3073), np.uint8)
+        made[:, 0] = np.arange(10)
+        files[f"./cifar-10-batches-bin/{name}"] = made.tobytes()  # packed with "tar c ./…"
+    files["./cifar-10-batches-bin/batches.meta.txt"] = "\n".join([*"abcdefghij", ""]).encode() + b"\n"
+    archive = dataclasses.replace(tasks.TASKS["cifar10"].archive, examples={"train": 50, "test": 10})
+    task = dataclasses.replace(tasks.TASKS["cifar10"], archive=archive)
+    prepare.prepare(task, pack(), tmp_path / "data")
+    source = open_split(task, "train+test", tmp_path / "data")
+    assert (len(source), source.class_names) == (60, list("abcdefghij"))
+    assert np.bincount(source.take(np.arange(60))[1]).tolist() == [6] * 10
+
+
+def test_what_is_prepared_is_left_alone(tiny, pack, tmp_path):
+    folder = prepare.prepare(tiny, pack(), tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    begin = time.perf_counter()
+    assert prepare.prepare(tiny, "no such file", tmp_path / "data") == folder
+    assert prepare.ensure_prepared(tiny, tmp_path / "data") == folder
+    assert time.perf_counter() - begin < 0.5
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+# ---- recognition
+
+
+def test_unknown_content_is_prepared_with_a_warning(tiny, pack, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="vit_jax"):
+        prepare.prepare(tiny, pack(), tmp_path / "data")
+    assert "not the file at" in caplog.text
+
+
+@pytest.mark.parametrize("by", ["hash of the file", "digests of the content"])
+def test_known_content_needs_no_warning(tiny, records, files, pack, tmp_path, caplog, by):
+    digests = {
+        split: hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in made))).hexdigest()
+        for split, made in records.items()
+    }
+    if by == "hash of the file":
+        known = {"sha256": hashlib.sha256(pack().read_bytes()).hexdigest()}
+    else:
+        known = {"digests": digests}
+        files["cifar-100-binary/test.bin"] = records["test"][::-1].tobytes()  # another order, the same content
+    task = dataclasses.replace(tiny, archive=dataclasses.replace(tiny.archive, **known))
+    with caplog.at_level(logging.WARNING, logger="vit_jax"):
+        prepare.prepare(task, pack(), tmp_path / "data")
+    assert not caplog.text
+
+
+# ---- bad archives
+
+TRAIN, TEST = "cifar-100-binary/train.bin", "cifar-100-binary/test.bin"
+FINE = "cifar-100-binary/fine_label_names.txt"
+
+
+def _label(files, record, column, value):
+    content = bytearray(files[TEST])
+    content[record * 3074 + column] = value
+    files[TEST] = bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda files: files.pop(TRAIN), "lacks cifar-100-binary/train.bin"),
+        (lambda files: files.pop(FINE), "lacks cifar-100-binary/fine_label_names.txt"),
+        (lambda files: files.update({TRAIN: files[TRAIN][:-1]}), "train.bin has 368,879 bytes, expected 368,880"),
+        (
+            lambda files: files.update({TEST: files[TEST] + files[TEST][:3074]}),
+            "test.bin has 126,034 bytes, expected 122,960",
+        ),
+        (lambda files: files.update({FINE: b"apple\n"}), "fine_label_names.txt has 1 names, expected 100"),
+        (lambda files: _label(files, 7, 1, 100), "record 7 of test has label 100, expected at most 99"),
+        (lambda files: _label(files, 3, 0, 20), "record 3 of test has coarse_label 20, expected at most 19"),
+        (
+            lambda files: [files.update({f"x/{name}": files.pop(name)}) for name in list(files)],
+            "lacks cifar-100-binary/",
+        ),
+        (lambda files: files.clear(), "lacks cifar-100-binary/"),
+    ],
+)
+def test_an_archive_of_another_layout_is_refused(tiny, files, pack, tmp_path, spoil, message):
+    spoil(files)
+    refuse(tiny, pack(), tmp_path / "data", message)
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("keep", [0, 10, 600, 0.3, 0.9])
+def test_an_archive_cut_short_is_refused(tiny, pack, tmp_path, compression, keep):
+    path = pack(compression)
+    os.truncate(path, keep if isinstance(keep, int) else int(keep * path.stat().st_size))
+    refuse(tiny, path, tmp_path / "data", "cut short")
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_an_archive_with_a_flipped_bit_is_refused(tiny, pack, tmp_path, compression):
+    path = pack(compression)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in pixels, which do not compress: only a checksum can tell
+    path.write_bytes(content)
+    refuse(tiny, path, tmp_path / "data", "cut short or damaged")
+
+
+def test_what_is_no_archive_is_refused(tiny, tmp_path):
+    (tmp_path / "text").write_text("not a tar\n" * 1000)
+    refuse(tiny, tmp_path / "text", tmp_path / "data", "no tar archive")
+    refuse(tiny, tmp_path / "nothing", tmp_path / "data", "cannot be read .No such file")
+    refuse(tiny, tmp_path, tmp_path / "data", "cannot be read .Is a directory")
+
+
+def refuse(task, archive, data_dir, message):
+    """Asserts that it is refused in a sentence that names the file and the address, and that nothing stays."""
+    with pytest.raises(DataError, match=message) as caught:
+        prepare.prepare(task, archive, data_dir)
+    assert str(archive) in str(caught.value)
+    assert task.archive.url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert left_in(data_dir) == []
+    assert tasks.find_prepared(task, data_dir) is None
+
+
+# ---- interruptions
+
+KILLED = """
+import os, signal, sys
+from vit_jax.data import prepare, tasks
+import dataclasses
+archive = dataclasses.replace(tasks.TASKS["cifar100"].archive, examples={"train": 120, "test": 40})
+png, done = prepare._png, []
+def fatal(pixels):
+    done.append(1)
+    if len(done) == 130:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return png(pixels)
+prepare._png = fatal
+prepare.prepare(dataclasses.replace(tasks.TASKS["cifar100"], archive=archive), *sys.argv[1:])
+"""
+
+
+def test_a_killed_preparation_is_not_taken_for_one_and_leaves_nothing_to_the_next(tiny, pack, tmp_path):
+    data_dir = tmp_path / "data"
+    done = subprocess.run([sys.executable, "-c", KILLED, pack(), data_dir], cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert left_in(data_dir)  # it had begun to write
+    assert tasks.find_prepared(tiny, data_dir) is None
+    folder = prepare.prepare(tiny, pack(), data_dir)
+    assert {data_dir / name for name in left_in(data_dir)} == set(folder.iterdir())
+
+
+def test_a_failure_while_writing_leaves_nothing(tiny, pack, tmp_path, monkeypatch):
+    def fail(pixels):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_png", fail)
+    with pytest.raises(DataError, match="No space left on device.*choose another --data_dir"):
+        prepare.prepare(tiny, pack(), tmp_path / "data")
+    assert left_in(tmp_path / "data") == []
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tiny, pack, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written into .*file.*choose another --data_dir"):
+        prepare.prepare(tiny, pack(), tmp_path / "file" / "data")
+
+
+def test_two_at_once_prepare_once(tiny, pack, tmp_path):
+    path, found = pack(), []
+    threads = [threading.Thread(target=lambda: found.append(prepare.prepare(tiny, path, tmp_path / "d"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / "d" / "cifar100" / "3.0.2"] * 3
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that starts a web server and returns its address; an answer is (status, content, bytes sent)."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running = []
+
+    def start(*answers):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            left = list(answers)
+
+            def do_GET(self):
+                status, content, sent = Handler.left.pop(0)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:sent])
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}/cifar-100-binary.tar.gz"
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def at(task, url):
+    return dataclasses.replace(task, archive=dataclasses.replace(task.archive, url=url))
+
+
+def test_a_download_that_breaks_off_is_tried_again(tiny, pack, tmp_path, serve, caplog):
+    content = pack().read_bytes()
+    task = at(tiny, serve((200, content, 1000), (200, content, len(content))))
+    prepare.ensure_prepared(task, tmp_path / "data")
+    assert "broke off" in caplog.text
+    assert (tmp_path / "data" / "downloads" / "cifar-100-binary.tar.gz").read_bytes() == content
+    assert len(open_split(task, "test", tmp_path / "data")) == 40
+
+
+def test_a_download_that_always_breaks_off_is_given_up(tiny, tmp_path, serve):
+    task = at(tiny, serve(*[(200, bytes(5000), 1000)] * 3))
+    with pytest.raises(DataError, match="cannot be downloaded .*IncompleteRead.*--archive FILE"):
+        prepare.ensure_prepared(task, tmp_path / "data")
+    assert left_in(tmp_path / "data") == []
+
+
+def test_a_download_of_something_else_is_not_kept(tiny, pack, tmp_path, serve):
+    page, content = b"<html>Please log in</html>" * 1000, pack().read_bytes()
+    task = at(tiny, serve((200, page, len(page)), (200, content, len(content))))
+    with pytest.raises(DataError, match="no tar archive"):
+        prepare.ensure_prepared(task, tmp_path / "data")
+    assert left_in(tmp_path / "data") == []
+    prepare.ensure_prepared(task, tmp_path / "data")
+
+
+def test_a_download_that_is_not_there_is_not_tried_again(tiny, tmp_path, serve):
+    task = at(tiny, serve((404, b"", 0)))
+    with pytest.raises(DataError, match="cannot be downloaded .Not Found.*--archive FILE"):
+        prepare.ensure_prepared(task, tmp_path / "data")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.tar.gz", "http://no-such-host.invalid/a.tar.gz"])
+def test_offline_it_fails_at_once_and_says_how_to_go_on(tiny, tmp_path, monkeypatch, url):
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    begin = time.perf_counter()
+    with pytest.raises(DataError, match="is not prepared in .*cannot be downloaded") as caught:
+        prepare.ensure_prepared(at(tiny, url), tmp_path / "my data")
+    assert time.perf_counter() - begin < 15
+    command = f"`python -m vit_jax.data prepare cifar100 --archive FILE --data_dir '{tmp_path}/my data'`"
+    assert command in str(caught.value)
+    assert left_in(tmp_path / "my data") == []
+
+
+# ---- the excerpt
+
+
+def test_an_excerpt_depends_on_neither_packing_nor_order(tiny, records, files, pack, tmp_path):
+    excerpt = tasks.Excerpt("1.0.0", ("label_7", "label_3"), {"train": 1, "test": 1})
+    task = dataclasses.replace(tiny, name="part", builder="part", num_classes=2, excerpt=excerpt)
+    one = prepare.prepare(task, pack("gz"), tmp_path / "one")
+    for split, name in (("train", TRAIN), ("test", TEST)):
+        files[name] = records[split][::-1].tobytes()
+    other = prepare.prepare(task, pack("bz2"), tmp_path / "other")
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+
+    source = open_split(task, "train", tmp_path / "one")
+    assert source.class_names == ["label_7", "label_3"]
+    pictures, labels = source.take(np.arange(2))
+    for new, old in enumerate((7, 3)):
+        smallest = min(records["train"][records["train"][:, 1] == old], key=lambda record: hashlib.sha256(record).digest())
+        np.testing.assert_array_equal(pictures[labels == new][0], smallest[2:].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_an_excerpt_of_what_is_not_there_is_refused(tiny, pack, tmp_path):
+    for excerpt, message in (
+        (tasks.Excerpt("1.0.0", ("lion",), {"train": 1, "test": 1}), "has no class 'lion'"),
+        (
+            tasks.Excerpt("1.0.0", ("label_7",), {"train": 1, "test": 9}),
+            "has 1 test records of label_7, expected at least 9",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare.prepare(dataclasses.replace(tiny, builder="part", excerpt=excerpt), pack(), tmp_path / "data")
+        assert left_in(tmp_path / "data") == []
+
+
+def test_the_shipped_excerpt_comes_out_of_the_archive_byte_for_byte(shared, tmp_path):
+    task = tasks.task("cifar100_excerpt")
+    made = prepare.prepare(task, shared / "data" / "cifar-100-binary.tar.xz", tmp_path)
+    shipped = prepare.prepare(task)
+    assert shipped == ROOT / "vit_jax" / "assets" / "cifar100_excerpt" / "1.0.0"
+    assert {path.name for path in made.iterdir()} == {path.name for path in shipped.iterdir()}
+    for path in made.iterdir():
+        assert path.read_bytes() == (shipped / path.name).read_bytes(), path.name
+
+
+# ---- the real thing
+
+
+@pytest.mark.slow
+def test_the_real_cifar100(prepared_cifar100):
+    import tensorflow_datasets as tfds
+
+    assert float((prepared_cifar100 / "seconds").read_text()) <= 60
+    assert {split: len(source) for split, source in tfds.data_source("cifar100", data_dir=prepared_cifar100).items()} == {
+        "train": 50_000,
+        "test": 10_000,
+    }
+    task = tasks.task("cifar100")
+    for split, count in (("train", 500), ("test", 100)):
+        source = open_split(task, split, prepared_cifar100)
+        pictures, labels = source.take(np.arange(len(source)))
+        np.testing.assert_array_equal(np.bincount(labels), [count] * 100)
+        if split == "train":
+            scaled = pictures.reshape(-1, 3) / np.float64(255)
+            np.testing.assert_allclose(scaled.mean(0), [0.50708, 0.48655, 0.44092], atol=1e-5)
+            np.testing.assert_allclose(scaled.std(0), [0.26733, 0.25644, 0.27615], atol=1e-5)
+    assert source.class_names[:3] == ["apple", "aquarium_fish", "baby"]

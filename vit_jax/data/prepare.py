@@ -1,0 +1,377 @@
+"""TFDS data without TensorFlow: an archive becomes the ArrayRecord files that the stock `tfds.data_source` reads.
+
+Stock TFDS needs TensorFlow three times on this way: to unpack the archive, to read the files in it and to encode arrays
+as PNG. So the archive is read here, and TFDS's own builder is given PNG bytes; layout and metadata stay TFDS's.
+"""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import http.client
+import io
+import logging
+import lzma
+import math
+import os
+import pathlib
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.tasks import Archive, DataError, Excerpt, Task, data_root, find_prepared, prepare_command
+
+_log = logging.getLogger(__name__)
+
+Splits = dict[str, np.ndarray]  # split -> records uint8 [n, labels + pixels]
+Names = dict[str, list[str]]  # label -> names, in the order of the labels' bytes in a record
+
+_PLANES = (3, 32, 32)  # of a picture in a record: channels, rows, columns
+_TIMEOUT = 20  # seconds without a byte from the server
+_ATTEMPTS = 3
+_CHUNK = 1 << 20  # bytes
+_BAR_INTERVAL = 0.5  # seconds between two states of a progress bar
+
+
+def ensure_prepared(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:
+    """Returns the folder of the task's data, downloaded and prepared first where it is not there; see `prepare`."""
+    return prepare(task, data_dir=data_dir)
+
+
+def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Makes the task's TFDS data; returns at once where it is there already.
+
+    Args:
+      task: a row of TASKS.
+      archive: its tar file, in any compression that `tarfile` reads; None: downloaded into `<data_root>/downloads`.
+      data_dir: as TFDS's; None or "": see `data_root`.
+
+    Returns:
+      The folder `<data_root>/<builder>/<version>`. It appears whole or not at all, however this ends.
+
+    Raises:
+      DataError: if the archive cannot be had, cannot be read or does not hold what the task says, or if the folder
+        cannot be written. A content that is only not known to be the official one is prepared, with a warning.
+    """
+    data_dir = data_dir or ""
+    root = data_root(task, data_dir)
+    if folder := find_prepared(task, data_dir):
+        return folder
+    if task.archive is None:
+        raise DataError(f"{task.name} is not in {root}, and this package cannot prepare it: TFDS has to")
+    try:
+        with _locked(root / f".{task.name}.lock"):
+            # Another process may have done the work while this one waited.
+            return find_prepared(task, data_dir) or _prepare(task, archive, data_dir, root)
+    except (OSError, RuntimeError) as error:  # the latter is how ArrayRecord's writer reports a full disk
+        raise DataError(f"{task.name} cannot be written into {root} ({error}): choose another --data_dir") from error
+
+
+def _prepare(task: Task, given: str | os.PathLike | None, data_dir: str | os.PathLike, root: pathlib.Path) -> pathlib.Path:
+    assert task.archive is not None
+    path = pathlib.Path(given or root / "downloads" / task.archive.url.rsplit("/", 1)[-1])
+    fetched = not given and not path.exists()
+    if fetched:
+        _download(task, data_dir, path)
+    try:
+        splits, names = _read_archive(task.archive, path)
+    except DataError:
+        if fetched:
+            path.unlink()  # the next attempt would find it and fail for ever
+        raise
+    if task.excerpt:
+        splits, names = _select(task.excerpt, splits, names, path)
+
+    # Written apart and renamed when complete: a killed preparation cannot be mistaken for a finished one, and the next
+    # one finds its remains here.
+    staging = root / f"{task.name}.incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        written = _write(task, splits, names, staging)
+        folder = root / written.relative_to(staging)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        written.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock between processes, which the system takes back even from one that is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("Waiting for another process that prepares the same data (it holds %s)", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it before has removed its file, and a lock on a removed file keeps nobody out.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _download(task: Task, data_dir: str | os.PathLike, path: pathlib.Path) -> None:
+    """Fetches the task's archive to `path`, all of it or nothing."""
+    assert task.archive is not None
+    url = task.archive.url
+    partial = path.with_name(path.name + ".incomplete")
+    try:
+        for _ in range(_ATTEMPTS):
+            with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+                # Once the server has answered, a failure is worth another attempt. Before that it is not: being offline
+                # has to be noticed at once.
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    _receive(response, partial, path.name)
+                except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+                    failure: Exception = error
+                    _log.warning("Downloading %s broke off: %r", url, error)
+                    continue
+            partial.rename(path)
+            return
+        raise failure
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise DataError(
+            f"{task.name} is not prepared in {data_root(task, data_dir)} and {url} cannot be downloaded "
+            f"({getattr(error, 'reason', None) or repr(error)}): get the file in another way and run "
+            f"`{prepare_command(task, data_dir, archive='FILE')}`"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _receive(response: Any, path: pathlib.Path, title: str) -> None:
+    from tqdm import tqdm
+
+    length = int(response.headers.get("Content-Length") or 0)
+    with (
+        open(path, "wb") as file,
+        tqdm(total=length or None, desc=f"Downloading {title}", unit="B", unit_scale=True, mininterval=_BAR_INTERVAL) as bar,
+    ):
+        received = 0
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            received += len(chunk)
+            bar.update(len(chunk))
+    if received < length:
+        raise http.client.IncompleteRead(b"", length - received)
+
+
+def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
+    """Returns the archive's records and names, checked; warns where they are not known to be the official ones."""
+    members = _read_members(archive, path)
+    size = _record_bytes(archive)
+    splits = {
+        split: np.frombuffer(b"".join(members[file] for file in files), np.uint8).reshape(-1, size)
+        for split, files in archive.files.items()
+    }
+    names = {}
+    for column, (label, (file, count)) in enumerate(archive.labels.items()):
+        lines = members[file].decode("utf-8", "replace").splitlines()
+        names[label] = [line.strip() for line in lines if line.strip()]
+        if len(names[label]) != count:
+            raise DataError(f"{path}: {file} has {len(names[label])} names, expected {count}; {_wanted(archive)}")
+        for split, records in splits.items():
+            if (wrong := records[:, column] >= count).any():
+                at = int(wrong.argmax())
+                raise DataError(
+                    f"{path}: record {at} of {split} has {label} {records[at, column]}, expected at most {count - 1}; "
+                    f"{_wanted(archive)}"
+                )
+    digests = {split: _digest(records) for split, records in splits.items()}
+    if digests != archive.digests and _sha256(path) != archive.sha256:
+        _log.warning(
+            "%s is not the file at %s, nor known to hold the same pictures and labels: layout, sizes and numbers are "
+            "right, so it is used, but results may not compare with others'",
+            path,
+            archive.url,
+        )
+    return splits, names
+
+
+def _read_members(archive: Archive, path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the content of every file of the layout by name, its size checked before it is read."""
+    from tqdm import tqdm
+
+    sizes: dict[str, int | None] = {file: None for file, _ in archive.labels.values()}
+    for split, files in archive.files.items():
+        sizes |= {file: archive.examples[split] // len(files) * _record_bytes(archive) for file in files}
+    members = {}
+    try:
+        with (
+            open(path, "rb") as file,
+            tqdm.wrapattr(
+                file, "read", total=path.stat().st_size, desc=f"Reading {path.name}", mininterval=_BAR_INTERVAL
+            ) as watched,
+        ):
+            try:
+                tar = tarfile.open(fileobj=watched)  # noqa: SIM115 (entered below: only opening means "no tar at all")
+            except tarfile.ReadError as error:
+                raise DataError(f"{path} is no tar archive, or cut short or damaged; {_wanted(archive)}") from error
+            with tar:
+                for member in tar:
+                    folder, _, name = member.name.removeprefix("./").rpartition("/")
+                    if folder != archive.folder or name not in sizes or not member.isfile():
+                        continue
+                    if sizes[name] not in (None, member.size):
+                        raise DataError(
+                            f"{path}: {name} has {member.size:,} bytes, expected {sizes[name]:,} (records of "
+                            f"{_record_bytes(archive):,}); {_wanted(archive)}"
+                        )
+                    content = tar.extractfile(member)
+                    assert content is not None  # only of what is no file
+                    members[name] = content.read()
+                while tar.fileobj.read(_CHUNK):
+                    pass  # to the end, behind the end of the tar: there stands the checksum of what is compressed
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError) as error:
+        raise DataError(f"{path} is cut short or damaged ({error}); {_wanted(archive)}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); {_wanted(archive)}") from error
+    if missing := [f"{archive.folder}/{name}" for name in sizes if name not in members]:
+        raise DataError(f"{path} is cut short or of another layout: it lacks {', '.join(missing)}; {_wanted(archive)}")
+    return members
+
+
+def _wanted(archive: Archive) -> str:
+    return f"give the content of {archive.url}, packed in any way"
+
+
+def _record_bytes(archive: Archive) -> int:
+    return len(archive.labels) + math.prod(_PLANES)
+
+
+def _digest(records: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _select(excerpt: Excerpt, splits: Splits, names: Names, path: pathlib.Path) -> tuple[Splits, Names]:
+    """Returns the excerpt's records, whose only label is its own, by class and then by SHA-256."""
+    labels = list(names).index("label")
+    selected = {}
+    for split, records in splits.items():
+        rows, wanted = [], excerpt.examples[split]
+        for label, name in enumerate(excerpt.classes):
+            if name not in names["label"]:
+                raise DataError(f"{path} has no class {name!r}, expected all of {', '.join(excerpt.classes)}")
+            candidates = records[records[:, labels] == names["label"].index(name)]
+            if len(candidates) < wanted:
+                raise DataError(f"{path} has {len(candidates)} {split} records of {name}, expected at least {wanted}")
+            for record in sorted(candidates, key=lambda record: hashlib.sha256(record).digest())[:wanted]:
+                rows.append(np.concatenate([np.array([label], np.uint8), record[len(names) :]]))
+        selected[split] = np.stack(rows)
+    return selected, {"label": list(excerpt.classes)}
+
+
+def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) -> pathlib.Path:
+    """Writes the data as TFDS would with `data_dir=directory`; returns the folder that is the data set."""
+    import tensorflow_datasets as tfds
+    from tqdm import tqdm
+
+    base: Any = _excerpt_builder(task) if task.excerpt else tfds.builder_cls(task.builder)
+
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]  # TFDS carries no types
+        name = task.builder
+
+        def _split_generators(self, dl_manager):
+            for label, values in names.items():
+                self.info.features[label].names = values
+            with_id = "id" in self.info.features
+            return {split: _examples(split, records, list(names), with_id, bar) for split, records in splits.items()}
+
+        def _generate_examples(self):
+            raise AssertionError("unused: the split generators are the examples already")
+
+    total = sum(len(records) for records in splits.values())
+    with (
+        tqdm(total=total, desc=f"Preparing {task.name}", unit=" pictures", mininterval=_BAR_INTERVAL) as bar,
+        _tfds_silent(),
+    ):
+        builder = Builder(data_dir=directory)
+        builder.download_and_prepare(
+            file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    return pathlib.Path(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _tfds_silent() -> Iterator[None]:
+    """Keeps TFDS from reporting sizes that it does not know and paths that will not stay, in bars without an end."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _excerpt_builder(task: Task) -> type:
+    """Returns the abstract TFDS builder of an excerpt, to which only the examples are missing."""
+    import tensorflow_datasets as tfds
+
+    assert task.excerpt is not None
+    assert task.archive is not None
+    excerpt, archive = task.excerpt, task.archive
+
+    class ExcerptBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version(excerpt.version)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=f"Of {archive.url}, of each of these classes in each split, the records of the smallest SHA-256.",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=task.image_shape),
+                        "label": tfds.features.ClassLabel(num_classes=len(excerpt.classes)),
+                    }
+                ),
+                supervised_keys=("image", "label"),
+                homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            )
+
+    return ExcerptBuilder
+
+
+def _examples(
+    split: str, records: np.ndarray, labels: list[str], with_id: bool, bar: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the split as TFDS's builders do: a key, from which TFDS derives the order on disk, and the features."""
+    for index, record in enumerate(records):
+        example: dict[str, Any] = {label: int(record[column]) for column, label in enumerate(labels)}
+        example["image"] = _png(record[len(labels) :].reshape(_PLANES).transpose(1, 2, 0))
+        if with_id:
+            example["id"] = f"{split}_{index:05d}"
+        yield index, example
+        bar.update()
+
+
+def _png(pixels: np.ndarray) -> io.BytesIO:
+    """Returns the picture, uint8 [height, width, 3], as a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    # Looking only for runs, not for repetitions, which photographs hardly have: as small, quicker, and zlib and zlib-ng
+    # (Pillow comes with either) write the same bytes, so that the excerpt comes out the same everywhere.
+    Image.fromarray(pixels).save(file, "PNG", compress_type=zlib.Z_RLE)
+    file.seek(0)
+    return file

@@ -1,0 +1,138 @@
+"""Reading what TFDS has prepared: a split as arrays, addressed by index."""
+
+import io
+import os
+
+import numpy as np
+
+from vit_jax.data.tasks import DataError, NotPrepared, Task, data_root, find_prepared, prepare_command
+
+__all__ = ["NotPrepared", "Source", "open_split"]
+
+_BATCH = 1024  # records read at once: quick, and bounds what is held besides the result
+
+
+class Source:
+    """The pictures and labels of a split, addressed by index in the order in which TFDS stores them.
+
+    Attributes:
+      class_names: a name for each label.
+      picture_shape: (height, width, 3) of every picture.
+    """
+
+    def __init__(self, records, where: str, class_names: list[str], picture_shape: tuple[int, int, int]):
+        """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; `where` is what errors call it."""
+        self._records = records
+        self._where = where
+        self.class_names = class_names
+        self.picture_shape = picture_shape
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of all pictures as uint8."""
+        return len(self) * int(np.prod(self.picture_shape))
+
+    def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads the examples at `index`, integers [n] in [0, len), in that order; repetitions are allowed.
+
+        Returns:
+          (pictures uint8 [n, height, width, 3], labels int32 [n]), both new.
+
+        Raises:
+          IndexError: if an index is out of range.
+          DataError: if a record cannot be read or its picture has another shape.
+        """
+        index = np.asarray(index)
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"Index out of range for the {len(self)} examples of {self._where}")
+        pictures = np.empty((len(index), *self.picture_shape), np.uint8)
+        labels = np.empty(len(index), np.int32)
+        for first in range(0, len(index), _BATCH):
+            keys = index[first : first + _BATCH].tolist()
+            try:
+                for row, example in enumerate(self._records.__getitems__(keys), first):
+                    pictures[row] = _decode(example["image"], self.picture_shape)
+                    labels[row] = example["label"]
+            except ImportError:
+                raise
+            except Exception as error:  # what a damaged file raises depends on where it is damaged
+                raise DataError(
+                    f"{self._where} cannot be read ({_first_line(error)}): delete the folder and prepare it again"
+                ) from error
+        return pictures, labels
+
+
+def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Source:
+    """Opens a split of a task's prepared data; never touches the network.
+
+    Args:
+      task: a row of TASKS.
+      split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
+      data_dir: as TFDS's; "": see `vit_jax.data.tasks.data_root`.
+
+    Raises:
+      NotPrepared: if the data are not there; the message names the command that prepares them.
+      DataError: if the split does not exist or is empty, or what is there is not what the task says.
+    """
+    folder = find_prepared(task, data_dir)
+    if folder is None:
+        raise NotPrepared(
+            f"{task.name} is not prepared in {data_root(task, data_dir)}: run `{prepare_command(task, data_dir)}` "
+            "(offline, give it the downloaded archive with --archive FILE)"
+        )
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever a damaged description raises
+        raise DataError(f"{folder} is damaged ({_first_line(error)}): delete it and prepare it again") from error
+    info = builder.info
+    if info.file_format.value != "array_record":
+        raise DataError(
+            f"{folder} holds {info.file_format.value} files, expected array_record, which reads without TensorFlow: "
+            f"run `{prepare_command(task, data_dir='DIRECTORY')}` and give that directory as data_dir"
+        )
+    try:
+        examples = info.splits[split].num_examples
+    except Exception as error:  # KeyError, ValueError or AssertionError
+        raise DataError(
+            f"{task.name} has no split {split!r}: expected one of {', '.join(info.splits)}, a slice of one such as "
+            "'train[:98%]', within its bounds, or a sum of such"
+        ) from error
+    if not examples:
+        raise DataError(f"Split {split!r} of {task.name} is empty: expected a slice with at least one example")
+    label = info.features["label"]
+    shape = info.features["image"].shape
+    if (label.num_classes, shape) != (task.num_classes, task.image_shape):
+        raise DataError(
+            f"{folder} holds pictures {shape} of {label.num_classes} classes, expected {task.image_shape} of {task.num_classes}"
+        )
+    try:
+        # Decoded here instead: TFDS's decoder logs a complaint where OpenCV is missing, which is no concern of ours.
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except Exception as error:
+        raise DataError(f"{folder} cannot be read ({_first_line(error)}): delete it and prepare it again") from error
+    return Source(records, f"{folder} ({split})", list(label.names or map(str, range(label.num_classes))), shape)
+
+
+def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the picture, uint8 [height, width, 3], of a PNG or JPEG file."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(file)) as image:
+        picture = np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
+    if picture.shape != shape:
+        raise ValueError(f"a picture {picture.shape}, expected {shape}")
+    return picture
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,173 @@
+"""Crop boxes against the real libraries' draws, resampling against a slow computation written out pixel by pixel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vit_jax.transforms import geometry
+
+random_boxes = jax.jit(geometry.random_boxes, static_argnums=(1, 2), static_argnames=("distribution", "area"))
+crop_resize = jax.jit(geometry.crop_resize, static_argnums=2)
+flips = jax.jit(geometry.flips)
+resize = jax.jit(geometry.resize, static_argnums=1)
+
+DISTRIBUTIONS = ("torchvision", "tensorflow")
+# Of 255: float32 positions in a picture are good to a millionth of its width.
+TOLERANCE = 1e-3
+# (top, left, height, width) in a picture of 20 × 24: all of it, inside, one pixel, one row, a corner, an edge
+BOXES = np.array([[0, 0, 20, 24], [3, 5, 9, 13], [7, 8, 1, 1], [19, 2, 1, 20], [12, 15, 8, 9], [0, 4, 20, 3]], np.int32)
+
+
+def keys(number: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed, impl="threefry2x32"), number)
+
+
+def pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def slow_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """TensorFlow's resize_bilinear with half-pixel centres, one pixel at a time, in float64."""
+
+    def neighbours(i: int, length: int, out: int) -> tuple[int, int, float]:
+        position = (i + 0.5) * length / out - 0.5
+        low = int(np.floor(position))
+        return max(low, 0), min(low + 1, length - 1), position - low
+
+    picture = picture.astype(np.float64)
+    result = np.empty((height, width, picture.shape[-1]))
+    for i in range(height):
+        top, bottom, down = neighbours(i, picture.shape[0], height)
+        for j in range(width):
+            left, right, across = neighbours(j, picture.shape[1], width)
+            upper = picture[top, left] * (1 - across) + picture[top, right] * across
+            lower = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
+            result[i, j] = upper * (1 - down) + lower * down
+    return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (480, 640)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_boxes_are_distributed_as_the_library_draws_them(shared, distribution, height, width):
+    with np.load(shared / "oracles" / "crops" / "boxes.npz") as file:
+        theirs = file[f"{distribution}_{height}x{width}"].astype(np.float64)
+    ours = np.asarray(random_boxes(keys(len(theirs)), height, width, distribution=distribution), np.float64)
+
+    def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+        """The Kolmogorov–Smirnov distance, taken where either sample has a value, so that ties count once."""
+        at = np.union1d(ours, theirs)
+        return np.abs(np.subtract(*(np.searchsorted(np.sort(s), at, "right") / len(s) for s in (ours, theirs)))).max()
+
+    (top, left, h, w), (their_top, their_left, their_h, their_w) = ours.T, theirs.T
+    distances = {
+        "area": distance(h * w, their_h * their_w),
+        "aspect ratio": distance(w / h, their_w / their_h),
+        "left": distance(left, their_left),
+        "top": distance(top, their_top),
+    }
+    print(distribution, height, width, {name: round(float(value), 5) for name, value in distances.items()})
+    assert max(distances.values()) < 0.01, distances
+
+
+@pytest.mark.parametrize(("height", "width", "area"), [(7, 50, (0.3, 1.0)), (1, 1, (0.05, 1.0)), (480, 640, (0.001, 0.01))])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_boxes_lie_inside_the_picture(distribution, height, width, area):
+    boxes = random_boxes(keys(500), height, width, distribution=distribution, area=area)
+    top, left, h, w = np.asarray(boxes).T
+    assert boxes.shape == (500, 4)
+    assert boxes.dtype == jnp.int32
+    assert (top >= 0).all() and (h >= 1).all() and (top + h <= height).all()
+    assert (left >= 0).all() and (w >= 1).all() and (left + w <= width).all()
+
+
+@pytest.mark.parametrize(
+    ("distribution", "height", "width", "box"),
+    [
+        ("torchvision", 10, 100, [0, 43, 10, 13]),
+        ("torchvision", 100, 10, [43, 0, 13, 10]),
+        ("tensorflow", 10, 100, [0, 0, 10, 100]),
+    ],
+)
+def test_where_no_attempt_fits_the_fallback_is_the_librarys(distribution, height, width, box):
+    """No box with the area of the whole strip has an allowed aspect ratio."""
+    assert random_boxes(keys(1), height, width, distribution=distribution, area=(1.0, 1.0)).tolist() == [box]
+
+
+def test_bad_arguments_of_boxes_are_refused():
+    with pytest.raises(ValueError, match="'inception' is unknown; choose one of torchvision, tensorflow"):
+        geometry.random_boxes(keys(1), 8, 8, distribution="inception")
+    for area in ((0.0, 1.0), (0.5, 0.2), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="0 < least <= largest <= 1"):
+            geometry.random_boxes(keys(1), 8, 8, distribution="torchvision", area=area)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_draws_do_not_depend_on_the_layout(distribution):
+    def draw(keys):
+        boxes = geometry.random_boxes(keys, 480, 640, distribution=distribution)
+        return jnp.concatenate([boxes, geometry.flips(keys)[:, None].astype(jnp.int32)], axis=1)
+
+    jitted, all_keys = jax.jit(draw), keys(4096)
+    expected = jitted(all_keys)
+    np.testing.assert_array_equal(jitted(all_keys[-1:]), expected[-1:])
+    np.testing.assert_array_equal(jax.pmap(draw)(all_keys.reshape(8, 512)).reshape(4096, 5), expected)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(all_keys, NamedSharding(mesh, PartitionSpec("batch")))
+    np.testing.assert_array_equal(jitted(sharded), expected)
+
+
+def test_flips_are_fair_and_repeatable():
+    drawn = flips(keys(10000))
+    assert drawn.dtype == bool
+    assert abs(drawn.mean() - 0.5) < 0.02
+    np.testing.assert_array_equal(drawn, flips(keys(10000)))
+    assert (drawn != flips(keys(10000, seed=1))).any()
+
+
+@pytest.mark.parametrize("size", [(48, 48), (9, 7), (33, 5), (1, 1)])
+def test_resize_is_half_pixel_bilinear(size):
+    images = pictures(2, 20, 24, 3)
+    resized = resize(images, size)
+    assert resized.dtype == jnp.float32
+    expected = np.stack([slow_resize(picture, *size) for picture in images])
+    np.testing.assert_allclose(resized, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    images = pictures(2, 20, 20, 3)
+    np.testing.assert_array_equal(resize(images, 20), images)
+
+
+@pytest.mark.parametrize("size", [17, (30, 41)])
+def test_crop_resize_is_to_crop_then_resize(size):
+    images = pictures(len(BOXES), 20, 24, 3)
+    height, width = (size, size) if isinstance(size, int) else size
+    boxes = zip(images, BOXES, strict=True)
+    expected = np.stack([slow_resize(image[t : t + h, x : x + w], height, width) for image, (t, x, h, w) in boxes])
+    np.testing.assert_allclose(crop_resize(images, jnp.asarray(BOXES), size), expected, rtol=0, atol=TOLERANCE)
+    flip = np.arange(len(BOXES)) % 2 == 0
+    expected[flip] = expected[flip, :, ::-1]
+    mirrored = crop_resize(images, jnp.asarray(BOXES), size, jnp.asarray(flip))
+    np.testing.assert_allclose(mirrored, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_no_pixel_from_outside_the_box():
+    random = random_boxes(keys(200), 20, 24, distribution="torchvision")
+    boxes = jnp.concatenate([jnp.asarray(BOXES), random])
+    images = pictures(len(boxes), 20, 24, 3)
+    inside = np.zeros(images.shape, bool)
+    for mask, (top, left, height, width) in zip(inside, np.asarray(boxes), strict=True):
+        mask[top : top + height, left : left + width] = True
+    flip = flips(keys(len(boxes)))
+    for size in (8, 32):
+        clean = crop_resize(images, boxes, size, flip)
+        for poison in (0, 255):
+            poisoned = np.where(inside, images, np.uint8(poison))
+            np.testing.assert_array_equal(crop_resize(poisoned, boxes, size, flip), clean)
+
+
+def test_boxes_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 pictures need \(2, 4\)"):
+        geometry.crop_resize(pictures(2, 20, 24, 3), jnp.asarray(BOXES), 8)

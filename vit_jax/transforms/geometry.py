@@ -1,0 +1,175 @@
+"""Crop boxes and bilinear resampling, as products with small matrices of weights.
+
+Bilinear resampling of a box is linear in the picture and separable, so a batch of different boxes is two batched
+products: rows [B, h, H] and columns [B, w, W]. That needs no gather, runs on a GPU's matrix units, and makes it easy to
+see that no pixel from outside a box can take part: its weight is zero.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# The aspect ratios (width / height) that each source draws from.
+_TORCHVISION_ASPECT = (3 / 4, 4 / 3)
+_TENSORFLOW_ASPECT = (0.75, 1.33)
+
+
+def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
+    """Resizes as `tf.image.resize` of TF 2 does by default: bilinear, half-pixel centres, no antialiasing, no rounding.
+
+    Args:
+        images: [B, H, W, C], any real type; pictures are uint8.
+        size: of the result, in pixels: one number for a square, or (height, width). The aspect ratio is not kept.
+
+    Returns:
+        float32 [B, height, width, C] in the range of the input.
+    """
+    out_height, out_width = _pair(size)
+    _, height, width, _ = images.shape
+    return _resample(images, _weights(0, height, height, out_height), _weights(0, width, width, out_width))
+
+
+def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int], flip: jax.Array | None = None) -> jax.Array:
+    """Cuts a box out of each picture, resizes it as `resize` does, and mirrors it left to right where asked.
+
+    The result is that of cropping first: no pixel from outside a box has any weight, also at its edges, where
+    `jax.image.scale_and_translate` lets neighbours bleed in.
+
+    Args:
+        images: [B, H, W, C], any real type; pictures are uint8.
+        boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the picture and not empty.
+        size: of the result, in pixels: one number for a square, or (height, width).
+        flip: bool [B], which pictures to mirror; None: none of them.
+
+    Returns:
+        float32 [B, height, width, C] in the range of the input.
+    """
+    out_height, out_width = _pair(size)
+    batch, height, width, _ = images.shape
+    if boxes.shape != (batch, 4):
+        raise ValueError(f"boxes has shape {boxes.shape}; {batch} pictures need ({batch}, 4): top, left, height, width.")
+    top, left, box_height, box_width = boxes.T
+    rows = jax.vmap(lambda start, extent: _weights(start, extent, height, out_height))(top, box_height)
+    columns = jax.vmap(lambda start, extent: _weights(start, extent, width, out_width))(left, box_width)
+    if flip is not None:  # a mirrored picture is one whose columns are read from the right
+        columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
+    return _resample(images, rows, columns)
+
+
+def random_boxes(
+    keys: jax.Array, height: int, width: int, *, distribution: str, area: tuple[float, float] = (0.05, 1.0)
+) -> jax.Array:
+    """Draws a crop box for each key from one of the two published distributions.
+
+    "torchvision" is `RandomResizedCrop.get_params` (torchvision/transforms/transforms.py): area uniform, aspect ratio
+    log-uniform in 3/4 to 4/3, the central crop after 10 misses. "tensorflow" is `sample_distorted_bounding_box`
+    (tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc) as google-research/vision_transformer calls it:
+    aspect ratio uniform in 0.75 to 1.33, height uniform among those the area allows, the whole picture after 100 misses;
+    small crops are more frequent. All attempts are drawn at once and the first that fits is taken.
+
+    Args:
+        keys: typed keys [B], one a picture, so that a box does not depend on which others share its batch.
+        height: of the pictures, in pixels.
+        width: of the pictures, in pixels.
+        distribution: "torchvision" or "tensorflow".
+        area: least and largest fraction of the picture's area, 0 < least <= largest <= 1.
+
+    Returns:
+        int32 [B, 4], (top, left, height, width): whole pixels inside the picture.
+
+    Raises:
+        ValueError: an unknown distribution, or an area out of range.
+    """
+    if distribution not in _DISTRIBUTIONS:
+        raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(_DISTRIBUTIONS)}.")
+    if not 0 < area[0] <= area[1] <= 1:
+        raise ValueError(f"area={area!r} must be (least, largest) with 0 < least <= largest <= 1.")
+    draw = functools.partial(_DISTRIBUTIONS[distribution], height=height, width=width, area=area)
+    return jax.vmap(draw)(keys)
+
+
+def flips(keys: jax.Array) -> jax.Array:
+    """Decides by a fair coin for each of the typed keys [B] whether its picture is mirrored: bool [B]."""
+    return jax.vmap(jax.random.bernoulli)(keys)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _weights(start, extent, length: int, out: int) -> jax.Array:
+    """The weights float32 [out, length] that resample pixels start … start + extent - 1 of a line to `out` pixels."""
+    position = (jnp.arange(out, dtype=jnp.float32) + 0.5) * (extent / out) - 0.5  # half-pixel centres, counted from start
+    position = jnp.clip(position, 0, extent - 1)  # the edge pixel goes on: what lies beyond it gets no weight
+    pixel = jnp.arange(length) - start
+    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - pixel[None, :]))
+
+
+def _resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Applies rows [h, H] or [B, h, H] and columns [w, W] or [B, w, W] to pictures [B, H, W, C]."""
+    row, column = ("bih", "bjw") if rows.ndim == 3 else ("ih", "jw")
+    # Without HIGHEST a recent GPU multiplies in TF32, whose 10 bits are too few for the original's numbers.
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    images = einsum(f"{row},bhwc->biwc", rows, images.astype(jnp.float32))
+    return einsum(f"{column},biwc->bijc", columns, images)
+
+
+def _torchvision(key: jax.Array, height: int, width: int, area: tuple[float, float]) -> jax.Array:
+    """One box int32 [4] of torchvision's RandomResizedCrop."""
+    u, place = _attempts(key, 10)
+    pixels = height * width * (area[0] + u[0] * (area[1] - area[0]))
+    low, high = _TORCHVISION_ASPECT
+    aspect = low * (high / low) ** u[1]
+    h = jnp.rint(jnp.sqrt(pixels / aspect)).astype(jnp.int32)
+    w = jnp.rint(jnp.sqrt(pixels * aspect)).astype(jnp.int32)
+    fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+    first = jnp.argmax(fits)
+    # The largest central box whose aspect ratio is allowed.
+    central_h, central_w = min(height, round(width / low)), min(width, round(height * high))
+    central = jnp.array([(height - central_h) // 2, (width - central_w) // 2, central_h, central_w], jnp.int32)
+    # Both ends included: a box may touch every edge.
+    top, left = _below(place, jnp.stack([height - h[first] + 1, width - w[first] + 1]))
+    return jnp.where(fits[first], jnp.stack([top, left, h[first], w[first]]), central)
+
+
+def _tensorflow(key: jax.Array, height: int, width: int, area: tuple[float, float]) -> jax.Array:
+    """One box int32 [4] of TensorFlow's sample_distorted_bounding_box, float32 throughout as its kernel is."""
+    u, place = _attempts(key, 100)
+    low, high = _TENSORFLOW_ASPECT
+    aspect = low + u[0] * (high - low)
+    least, most = area[0] * height * width, area[1] * height * width
+
+    def whole(x):  # C's lrintf: half to even
+        return jnp.rint(x).astype(jnp.int32)
+
+    shortest, tallest = whole(jnp.sqrt(least / aspect)), whole(jnp.sqrt(most / aspect))
+    # Where the tallest would be too wide, the tallest whose rounded width fits.
+    fitting = jnp.floor((width + 0.5) / aspect).astype(jnp.int32)
+    fitting -= whole(fitting * aspect) > width
+    tallest = jnp.minimum(jnp.where(whole(tallest * aspect) > width, fitting, tallest), height)
+    shortest = jnp.minimum(shortest, tallest)
+    h = shortest + _below(u[1], tallest - shortest + 1)
+    # Rounding may have left the range of areas by a little: one row more, then one row less, then it is a miss.
+    h += h * whole(h * aspect) < least
+    h -= h * whole(h * aspect) > most
+    w = whole(h * aspect)
+    fits = (h * w >= least) & (h * w <= most) & (h > 0) & (h <= height) & (w > 0) & (w <= width)
+    first = jnp.argmax(fits)
+    # The kernel's Uniform(n) is below n, so a smaller box never touches the bottom or the right edge.
+    top, left = _below(place, jnp.stack([height - h[first], width - w[first]]))
+    return jnp.where(fits[first], jnp.stack([top, left, h[first], w[first]]), jnp.array([0, 0, height, width], jnp.int32))
+
+
+_DISTRIBUTIONS = {"torchvision": _torchvision, "tensorflow": _tensorflow}
+
+
+def _attempts(key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """Uniform draws in [0, 1): [2, number] for the attempts, and [2] for where the box lies that is kept."""
+    u = jax.random.uniform(key, (2 * number + 2,)).reshape(2, number + 1)  # one flat draw: XLA compiles it 3 times as fast
+    return u[:, :-1], u[:, -1]
+
+
+def _below(u: jax.Array, n: jax.Array) -> jax.Array:
+    """Whole numbers in [0, n), or 0 where n is 0, from u uniform in [0, 1): u is at most 1 - 2⁻²³, so u·n stays below n."""
+    return jnp.floor(u * n).astype(jnp.int32)

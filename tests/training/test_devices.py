@@ -1,0 +1,139 @@
+"""Layouts, feeds and evaluation: how the work is shared must not show in the numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.config import Augment, ConfigError, Optimizer, Run
+from vit_jax.models.variants import build
+from vit_jax.training import devices
+from vit_jax.training import optimizer as optimizers
+from vit_jax.training.devices import Layout
+from vit_jax.training.evaluate import metrics, predictions
+from vit_jax.training.feed import Feed
+from vit_jax.training.state import create
+from vit_jax.training.step import logits_of, loss_of, train_step
+from vit_jax.transforms.preprocess import for_evaluation, for_training
+
+EVERYTHING = 2**30  # a budget that every split fits in
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    model = build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32, num_classes=10)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 10))
+    return model, params
+
+
+def layout(parallel: str, count: int) -> Layout:
+    return Layout(parallel, jax.devices()[:count])
+
+
+def losses(model, params, source, where: Layout, steps=20, slices=1, budget=EVERYTHING, seed=0, start=0):
+    """The losses of a run with crops and flips, and its last state."""
+    optimizer = optimizers.build(Optimizer(warmup_steps=5), steps)
+    forward = loss_of(model, for_training(Augment(), 8), jax.random.key(1))
+    step = where.train(functools.partial(train_step, forward=forward, optimizer=optimizer, key=jax.random.key(2)))
+    feed = Feed(source, where, budget)
+    state, found = where.put(create(params, optimizer)), []
+    batches = feed.train(16, slices, seed, start)
+    with jax.transfer_guard("disallow"):
+        for _ in range(steps):
+            state, measured = step(state, next(batches), feed.data)
+            found.append(float(jax.device_get(measured["loss"])))
+    return np.array(found), state
+
+
+@pytest.mark.parametrize(
+    ("parallel", "count", "slices"), [("mesh", 8, 1), ("pmap", 8, 1), ("pmap", 1, 1), ("mesh", 4, 4), ("pmap", 4, 2)]
+)
+def test_layouts_give_the_same_losses(model_and_params, pictures, parallel, count, slices):
+    expected, _ = losses(*model_and_params, pictures(50), layout("mesh", 1))
+    found, state = losses(*model_and_params, pictures(50), layout(parallel, count), slices=slices)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[-1] != found[0]
+    for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(model_and_params[1]), strict=True):
+        assert leaf.shape == like.shape  # no device axis
+        assert leaf.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_streaming_gives_what_residence_gives(model_and_params, pictures, parallel):
+    expected, _ = losses(*model_and_params, pictures(50), layout(parallel, 8), steps=6)
+    found, _ = losses(*model_and_params, pictures(50), layout(parallel, 8), steps=6, budget=0)
+    assert found.tolist() == expected.tolist()
+
+
+def test_dropout_differs_between_devices_under_pmap(model_and_params, pictures):
+    """Else every device would drop the same values."""
+    model, params = model_and_params
+    one, many = (losses(model.clone(dropout=0.5), params, pictures(50), layout("pmap", count), steps=1)[0] for count in (1, 8))
+    assert one != many
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("budget", [EVERYTHING, 0])
+def test_every_picture_counts_once(model_and_params, pictures, parallel, count, budget):
+    model, params = model_and_params
+    source, where = pictures(1003), layout(parallel, count)
+    feed = Feed(source, where, budget)
+    predict = where.evaluate(logits_of(model, for_evaluation(8)))
+    images = for_evaluation(8)(source.images)
+    expected = metrics(np.asarray(model.apply({"params": params}, images)), source.labels)
+    for size in (1, 7, 64, 10_000):
+        logits = predictions(predict, where.put(params), feed, size)
+        assert logits.shape == (1003, 10)
+        found = metrics(logits, feed.labels)
+        assert round(found["accuracy"] * 1003) == round(expected["accuracy"] * 1003)
+        assert round(found["accuracy_top5"] * 1003) == round(expected["accuracy_top5"] * 1003)
+        assert abs(found["loss"] / expected["loss"] - 1) < 1e-6
+
+
+def test_metrics_by_hand():
+    logits = np.array([[3, 2, 1, 0, -1, -2], [0, 0, 0, 0, 0, 0], [9, 8, 7, 6, 5, 4]], np.float32)
+    found = metrics(logits, np.array([0, 1, 5]))
+    soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert found["loss"] == pytest.approx(-np.log(soft[[0, 1, 2], [0, 1, 5]]).mean(), rel=1e-6)
+    assert found["accuracy"] == 1 / 3  # of equal logits the first class is the answer
+    assert found["accuracy_top5"] == 2 / 3
+
+
+def test_answers_that_are_not_numbers_are_wrong():
+    logits = np.array([[np.nan, 0.0], [0.0, np.nan]], np.float32)
+    assert metrics(logits, np.array([0, 0]))["accuracy"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_what_is_put_shares_no_memory_with_what_was_given(count):
+    on_host, on_device = np.zeros(1024, np.float32), jnp.zeros(1024)
+    placed = layout("mesh", count).put([on_host, on_device])
+    on_host += 1
+    assert not placed[0].any()
+    jax.jit(lambda leaf: leaf + 1, donate_argnums=0)(placed[1])
+    assert placed[1].is_deleted() and not on_device.is_deleted()
+
+
+def test_a_batch_that_devices_do_not_divide():
+    with pytest.raises(ConfigError, match="training.batch_size = 12 in 1 slice.* does not divide among 8 devices; .* 8"):
+        layout("mesh", 8).check(12, 1)
+    with pytest.raises(ConfigError, match="a multiple of 16"):
+        layout("mesh", 8).check(24, 2)
+    layout("mesh", 8).check(32, 2)
+
+
+def test_a_driver_without_a_gpu_build_is_said_loudly(tmp_path, monkeypatch, caplog):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert devices.start(Run()).pmap is False
+    assert 'pip install -U "jax[cuda12]"' in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # asked for, so nothing to say
+    assert devices.start(Run(parallel="pmap")).pmap is True
+    assert not caplog.text

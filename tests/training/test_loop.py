@@ -1,0 +1,239 @@
+"""Whole runs, tiny: what they leave, how they resume, how they end."""
+
+import json
+import os
+import signal
+import struct
+from urllib.error import URLError
+
+import jax
+import numpy as np
+import pytest
+
+import vit_jax
+from vit_jax.checkpoints.google import read_meta
+from vit_jax.config import ConfigError
+from vit_jax.training import loop
+from vit_jax.training.evaluate import metrics
+from vit_jax.training.guard import Guard, TrainingError
+from vit_jax.training.preview import preview
+from vit_jax.transforms.preprocess import for_evaluation
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def numbers(workdir):
+    """A run's lines without what time it took."""
+    return [{name: value for name, value in line.items() if "per_second" not in name} for line in lines(workdir)]
+
+
+def boards(workdir):
+    """What TensorBoard would show: (step, tag) → value; a session's start at a step drops what came at it or later."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = {}
+    for file in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content, place = file.read_bytes(), 0
+        while place < len(content):
+            (length,) = struct.unpack("<Q", content[place : place + 8])
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            place += 16 + length
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[0] < event.step}
+            for value in event.summary.value:
+                assert (event.step, value.tag) not in shown
+                shown[event.step, value.tag] = value.simple_value
+    return shown
+
+
+@pytest.fixture(scope="module")
+def module_tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def uninterrupted(config, module_tmp):
+    """A run of 12 steps, made once, and what it came to."""
+    workdir = module_tmp / "uninterrupted"
+    return workdir, loop.train(config, workdir)
+
+
+def test_what_a_run_leaves(uninterrupted, config):
+    workdir, result = uninterrupted
+    assert {path.name for path in workdir.iterdir()} - {".lock"} == {
+        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "predictions.npz"),
+        *("best.npz", "best.json", "final.npz", "final.json"),
+    }
+    found = lines(workdir)
+    assert [line["step"] for line in found] == list(range(1, 13))
+    train = {"step", "train/loss", "train/gradient_norm", "train/learning_rate", "train/images_per_second"}
+    test = {"test/loss", "test/accuracy", "test/accuracy_top5"}
+    for line in found:
+        assert line.keys() == train | (test if line["step"] in (4, 8, 12) else set())
+    assert found[0]["train/learning_rate"] == 0 and found[2]["train/learning_rate"] == pytest.approx(0.03)
+    board = boards(workdir)
+    for line in found:
+        for name in line.keys() - {"step"}:
+            assert board[line["step"], name] == pytest.approx(line[name], rel=1e-6)
+
+    assert result.finished and result.metrics["test/accuracy"] == found[-1]["test/accuracy"]
+    evaluated = {line["step"]: line["test/accuracy"] for line in found if "test/accuracy" in line}
+    best = max(evaluated, key=lambda step: (evaluated[step], -step))
+    assert (result.metrics["best/step"], result.metrics["best/accuracy"]) == (best, evaluated[best])
+    meta = read_meta(workdir / "final.npz")
+    assert meta["class_names"][:2] == ["lion", "sunflower"] and len(meta["class_names"]) == 10
+    assert meta["image_size"] == 16 and meta["task"] == "cifar100_excerpt" and meta["source"] == "tiny.npz"
+    assert meta["normalization"] == {"mean": [0.5] * 3, "std": [0.5] * 3} and len(meta["source_sha256"]) == 64
+
+
+def test_predictions_are_those_of_the_final_weights(uninterrupted, config):
+    workdir, result = uninterrupted
+    model, params = vit_jax.load(str(workdir / "final.npz"))
+    assert same(params, result.params)
+    from vit_jax.data.sources import open_split
+    from vit_jax.data.tasks import task
+
+    images, labels = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
+    with np.load(workdir / "predictions.npz") as stored:
+        logits, stored_labels = stored["logits"], stored["labels"]
+    assert np.array_equal(stored_labels, labels)
+    expected = model.apply({"params": params}, for_evaluation(16)(images))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert metrics(logits, labels)["accuracy"] == result.metrics["test/accuracy"]
+
+
+def test_started_again_a_finished_run_only_reports(uninterrupted, config, monkeypatch):
+    workdir, result = uninterrupted
+    before = (workdir / "metrics.jsonl").read_text()
+    (workdir / "final.npz").unlink()
+    monkeypatch.setattr(loop, "predictions", None)  # neither trains nor evaluates
+    again = loop.train(config, workdir)
+    assert again.metrics == result.metrics and same(again.params, result.params)
+    assert (workdir / "metrics.jsonl").read_text() == before and (workdir / "final.npz").exists()
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 8])
+def test_stopped_by_a_signal_it_saves_and_goes_on(uninterrupted, config, tmp_path, monkeypatch, stop_after):
+    workdir, result = uninterrupted
+    original = Guard.check
+
+    def interrupt(step, loss):
+        if step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(step, loss)
+
+    monkeypatch.setattr(Guard, "check", staticmethod(interrupt))
+    stopped = loop.train(config, tmp_path)
+    assert not stopped.finished and len(lines(tmp_path)) < 12
+    monkeypatch.setattr(Guard, "check", staticmethod(original))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/loss": 1}\n{"step": 1')  # what a kill leaves
+    resumed = loop.train(config, tmp_path)
+    assert resumed.finished and same(resumed.params, result.params)
+    assert resumed.metrics == result.metrics
+    assert numbers(tmp_path) == numbers(workdir)
+    expected = boards(workdir)
+    found = boards(tmp_path)
+    assert found.keys() == expected.keys()
+
+
+def test_evaluation_only(uninterrupted, config, tmp_path):
+    workdir, result = uninterrupted
+    found = loop.evaluate(config, workdir)
+    assert found["step"] == 12 and found["test/accuracy"] == result.metrics["test/accuracy"]
+    assert found["test/loss"] == pytest.approx(result.metrics["test/loss"], rel=1e-6)
+    # Without a state, the checkpoint's own head answers.
+    config.model.checkpoint = str(workdir / "final.npz")
+    from_file = loop.evaluate(config, tmp_path / "nothing")
+    assert from_file["step"] == 0 and from_file["test/accuracy"] == found["test/accuracy"]
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_nothing_to_evaluate(config, tmp_path):
+    config.model.checkpoint, config.model.variant = "", "B/16"
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        loop.evaluate(config, tmp_path)
+
+
+def test_a_head_of_other_classes_cannot_be_evaluated(config, tmp_path):
+    with pytest.raises(ConfigError, match="has a head of 5 classes, cifar100_excerpt has 10"):
+        loop.evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "said"),
+    [
+        ("model.checkpoint", "nowhere.npz", ValueError, "nowhere.npz is neither a file nor a published name"),
+        ("data.image_size", 20, ConfigError, "data.image_size = 20: .*multiples of 8"),
+        ("training.batch_size", 12, ConfigError, "training.batch_size = 12 .* does not divide among 8 devices"),
+        ("data.task", "cifar1000", ValueError, "no task 'cifar1000'"),
+        ("data.train_split", "train[:0]", ValueError, "is empty"),
+        ("model.variant", "B/16", ConfigError, "either model.checkpoint .* or model.variant"),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_no_trace(config, tmp_path, field, value, error, said):
+    section, name = field.split(".")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(error, match=said):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unprepared_data_while_offline_names_the_command(config, tmp_path, monkeypatch):
+    config.data.task, config.data.data_dir = "cifar100", str(tmp_path / "tfds")
+
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(ValueError, match="python -m vit_jax.data prepare cifar100 --archive"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_diverged(config, tmp_path, monkeypatch):
+    original = Guard.check
+    monkeypatch.setattr(Guard, "check", staticmethod(lambda step, loss: original(step, float("nan") if step == 7 else loss)))
+    with pytest.raises(TrainingError, match="the loss of step 7 is nan: training has diverged"):
+        loop.train(config, tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 7))
+
+
+def test_from_random_weights_with_everything_else(config, tmp_path):
+    """The fields that no other run here sets are read, too."""
+    config.model.checkpoint, config.model.variant = "", "Mini/8"
+    config.model.dropout, config.model.attention_dropout, config.model.dtype = 0.1, 0.1, "bfloat16"
+    config.data.normalization, config.data.device_budget_mib = "dataset", 0
+    config.augment.crop, config.augment.flip = "tensorflow", False
+    config.optimizer.name, config.optimizer.decay, config.optimizer.weight_decay = "adamw", "linear", 0.1
+    config.training.steps, config.training.accumulation, config.run.parallel = 3, 2, "pmap"
+    result = loop.train(config, tmp_path)
+    assert result.finished and np.isfinite(result.metrics["test/loss"])
+    meta = read_meta(tmp_path / "final.npz")
+    assert meta["source"] == "random weights, Mini/8" and meta["normalization"]["mean"][0] == pytest.approx(0.5071)
+
+
+def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
+    traces = []
+    original = loop.assemble
+
+    def counting(*args, **kwargs):
+        parts = original(*args, **kwargs)
+        traces.append(parts.step)
+        return parts
+
+    monkeypatch.setattr(loop, "assemble", counting)
+    loop.train(config, tmp_path)
+    assert traces[0]._cache_size() == 1
+
+
+def test_dry_run(config):
+    text = preview(config)
+    assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test pictures" in text
+    assert "16 pictures of 16×16×3 in 1 slice(s) over 8 cpu device(s), jit over a mesh" in text
+    assert "MiB a device" in text and "12 steps, about" in text

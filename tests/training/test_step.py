@@ -1,0 +1,186 @@
+"""One update against the original's update function, and what must not change it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.checkpoints.google import read_npz
+from vit_jax.config import Augment, Optimizer
+from vit_jax.models.variants import build, from_tree
+from vit_jax.training import optimizer as optimizers
+from vit_jax.training.state import create
+from vit_jax.training.step import loss_of, train_step
+from vit_jax.transforms.preprocess import for_training
+
+FILES = ["tiny_bf16mom_accum1_head", "tiny_bf16mom_accum2_head", "tiny_f32mom_accum1_head"]
+
+
+def plain_forward(model):
+    """Cross-entropy of pictures that come scaled, without augmentation."""
+
+    def forward(params, data, batch, step, key):
+        logits = model.apply({"params": params}, batch["images"], train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+    return forward
+
+
+def largest_difference(ours, theirs) -> float:
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(np.asarray(leaf, np.float32) - theirs[name]).max()) for name, leaf in ours.items())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_original_trajectory(name, shared, tmp_path):
+    oracle = np.load(shared / "oracles" / "train" / f"{name}.npz")
+
+    def tree(prefix):
+        """A tree under today's Linen names, brought to the published ones by the reader of files."""
+        flat = {key.removeprefix(f"{prefix}/"): oracle[key] for key in oracle.files if key.startswith(f"{prefix}/")}
+        np.savez(tmp_path / "tree.npz", **flat)
+        return read_npz(tmp_path / "tree.npz")
+
+    slices = 2 if "accum2" in name else 1
+    settings = Optimizer(
+        learning_rate=0.03, warmup_steps=2, clip_norm=1.0, accumulator_dtype="float32" if "f32" in name else "bfloat16"
+    )
+    rates = [float(optimizers.schedule(settings, 5)(count)) for count in range(5)]
+    assert rates == oracle["lr_applied_count_0_to_4"].tolist()
+
+    optimizer = optimizers.build(settings, 5)
+    params = tree("init")
+    forward = plain_forward(from_tree(params))
+    step = jax.jit(functools.partial(train_step, forward=forward, optimizer=optimizer, key=jax.random.key(0)))
+    state = create(jax.tree.map(jnp.asarray, params), optimizer)
+    for i in range(5):
+        images = (oracle["images_u8"][i].astype(np.float32) - 127.5) / 127.5
+        batch = {
+            "images": images.reshape(slices, -1, *images.shape[1:]),
+            "labels": oracle["labels"][i].reshape(slices, -1),
+        }
+        state, metrics = step(state, batch, None)
+        assert abs(metrics["loss"] / oracle["losses"][i] - 1) < 1e-5
+        assert abs(metrics["gradient_norm"] / oracle["grad_norms_before_clip"][i] - 1) < 1e-5
+        if i < 2:
+            assert largest_difference(state.params, tree(f"params_after{i + 1}")) < 5e-6
+    assert largest_difference(state.params, tree("final")) < 5e-6
+    assert int(state.step) == 5
+    trace = optax.tree.get(state.opt_state, "trace")
+    assert {leaf.dtype for leaf in jax.tree.leaves(trace)} == {jnp.dtype(settings.accumulator_dtype)}
+
+
+@pytest.fixture
+def small():
+    """A model without dropout, parameters, and a batch of 8 pictures on the device."""
+    model = build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32, num_classes=4)
+    draw = np.random.default_rng(0)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params["head"]["kernel"] = jnp.asarray(draw.normal(size=(16, 4)), jnp.float32)
+    data = {
+        "images": jnp.asarray(draw.integers(0, 256, (8, 24, 24, 3)), jnp.uint8),
+        "labels": jnp.asarray(draw.integers(0, 4, 8), jnp.int32),
+    }
+    return model, params, data
+
+
+def updated(model, params, data, slices, settings, seed=0, steps=1):
+    """Parameters and losses after `steps` updates with random crops and flips."""
+    optimizer = optimizers.build(settings, 10)
+    forward = loss_of(model, for_training(Augment(), 16), jax.random.key(1))
+    step = jax.jit(functools.partial(train_step, forward=forward, optimizer=optimizer, key=jax.random.key(seed)))
+    state, losses = create(params, optimizer), []
+    batch = {name: jnp.arange(8, dtype=jnp.int32).reshape(slices, -1) for name in ("index", "place")}
+    for _ in range(steps):
+        state, metrics = step(state, batch, data)
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1  # traced once
+    return state.params, losses
+
+
+def test_slices_change_neither_draws_nor_gradients(small):
+    settings = Optimizer(accumulator_dtype="float32")
+    whole, losses = updated(*small, 1, settings, steps=3)
+    for slices in (2, 8):
+        params, found = updated(*small, slices, settings, steps=3)
+        np.testing.assert_allclose(found, losses, rtol=1e-6)
+        assert largest_difference(params, whole) < 1e-6
+
+
+def test_draws_change_from_step_to_step(small):
+    _, losses = updated(*small, 1, Optimizer(learning_rate=1e-30), steps=3)
+    assert len(set(losses)) == 3
+
+
+def test_the_dropout_key_is_read(small):
+    model, params, data = small
+    model = model.clone(dropout=0.5)
+    losses = [updated(model, params, data, 1, Optimizer(), seed)[1][0] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def sgd(gradient, settings, params, state):
+    """One update by hand, in NumPy: clip, decay of kernels, momentum."""
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in gradient.values()))
+    scale = min(1.0, settings.clip_norm / norm) if settings.clip_norm else 1.0
+    for name in params:
+        decay = settings.weight_decay * params[name] if name.endswith("kernel") else 0
+        state[name] = settings.momentum * state[name] + scale * gradient[name] + decay
+        params[name] = params[name] - settings.learning_rate * state[name]
+
+
+def adamw(gradient, settings, params, state, count):
+    for name in params:
+        first, second = state.setdefault((name, 1), 0.0), state.setdefault((name, 2), 0.0)
+        state[name, 1] = first = settings.momentum * first + (1 - settings.momentum) * gradient[name]
+        state[name, 2] = second = settings.b2 * second + (1 - settings.b2) * gradient[name] ** 2
+        step = (first / (1 - settings.momentum**count)) / (np.sqrt(second / (1 - settings.b2**count)) + 1e-8)
+        decay = settings.weight_decay * params[name] if name.endswith("kernel") else 0
+        params[name] = params[name] - settings.learning_rate * (step + decay)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Optimizer(momentum=0.8, clip_norm=0.5, weight_decay=0.1),
+        Optimizer(momentum=0.5, clip_norm=0.0),
+        Optimizer(name="adamw", momentum=0.7, b2=0.8, clip_norm=0.0, weight_decay=0.2),
+    ],
+)
+def test_updates_against_arithmetic_by_hand(settings):
+    settings.accumulator_dtype = "float32"
+    settings.decay, settings.learning_rate = "linear", 0.05
+    steps = 10**9  # so long that the rate does not move
+    draw = np.random.default_rng(0)
+    params = {"a/kernel": draw.normal(size=(3, 2)), "a/bias": draw.normal(size=2)}
+    optimizer = optimizers.build(settings, steps)
+    tree = unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in params.items()}, sep="/")
+    state, ours = optimizer.init(tree), dict.fromkeys(params, 0.0)
+    for count in range(1, 4):
+        gradient = {name: draw.normal(size=leaf.shape) for name, leaf in params.items()}
+        updates, state = optimizer.update(
+            unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in gradient.items()}, sep="/"), state, tree
+        )
+        tree = optax.apply_updates(tree, updates)
+        if settings.name == "sgd":
+            sgd(gradient, settings, params, ours)
+        else:
+            adamw(gradient, settings, params, ours, count)
+        for name, leaf in flatten_dict(tree, sep="/").items():
+            np.testing.assert_allclose(leaf, params[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedule_against_its_formula(decay, warmup):
+    rate = optimizers.schedule(Optimizer(learning_rate=0.5, warmup_steps=warmup, decay=decay), 11)
+    for count in range(12):
+        progress = np.clip((count - warmup) / (11 - warmup), 0, 1)
+        fall = (1 + np.cos(np.pi * progress)) / 2 if decay == "cosine" else 1 - progress
+        expected = 0.5 * fall * (min(1, count / warmup) if warmup else 1)
+        np.testing.assert_allclose(rate(count), expected, rtol=1e-6, atol=1e-7)

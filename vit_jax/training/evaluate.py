@@ -1,0 +1,46 @@
+"""Evaluation in which every picture counts once, whatever the batch size and the number of devices."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.training.feed import Feed
+
+
+def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size: int) -> np.ndarray:
+    """Logits float32 [N, classes] of a whole split in its order. `predict` is Layout.evaluate of step.logits_of.
+
+    A batch's result is read when two more are on their way: the device never waits for the host, nor piles up input.
+    """
+    size = feed.layout.round_up(min(batch_size, len(feed)))
+    pending: deque[tuple[jax.Array, np.ndarray]] = deque()
+    results = []
+
+    def read(keep: int) -> None:
+        while len(pending) > keep:
+            logits, mask = pending.popleft()
+            results.append(jax.device_get(logits)[mask])
+
+    for batch, mask in feed.evaluation(size):
+        pending.append((predict(params, batch, feed.data), mask))
+        read(keep=2)
+    read(keep=0)
+    return np.concatenate(results)
+
+
+def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Mean cross-entropy, accuracy and top-5 accuracy (both in [0, 1]) of logits [N, classes], summed in float64.
+
+    With fewer than five classes every answer is among the first five. Of equal logits the lower class counts first.
+    """
+    logits = logits.astype(np.float64)
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    top = logits.max(axis=1, keepdims=True)
+    loss = np.log(np.exp(logits - top).sum(axis=1)) + (top - own)[:, 0]
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & before)).sum(axis=1)
+    rank = np.where(np.isfinite(logits).all(axis=1), rank, logits.shape[1])
+    return {"loss": float(loss.mean()), "accuracy": float((rank < 1).mean()), "accuracy_top5": float((rank < 5).mean())}

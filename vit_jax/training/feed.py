@@ -1,0 +1,76 @@
+"""From a data set on the host to batches on the devices."""
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.data import batches
+from vit_jax.data.sources import Source
+from vit_jax.training.devices import Layout
+
+
+def fetch(data: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Pictures uint8 [B, H, W, 3] and labels int32 [B] of a batch, inside the step: gathered from `data`, or brought along."""
+    if data is None:
+        return batch["images"], batch["labels"]
+    return data["images"][batch["index"]], data["labels"][batch["index"]]
+
+
+class Feed:
+    """A split of a data set as batches on the devices.
+
+    Resident, where the split's pictures take at most `budget` bytes: they lie on every device as uint8 (`data`, an
+    argument of the step, never a constant of the program) and a batch is the indices of its pictures. Streamed
+    otherwise: `data` is None, pictures are read while the device works on the batch before.
+    """
+
+    def __init__(self, source: Source, layout: Layout, budget: int):
+        self.source, self.layout, self.data = source, layout, None
+        if source.nbytes <= budget:
+            images, labels = source.take(np.arange(len(source)))
+            self.data = layout.put({"images": images, "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int32 [N]."""
+        if self.data is None:
+            return self.source.take(np.arange(len(self)))[1]
+        return np.asarray(jax.device_get(self.data["labels"]))
+
+    def train(self, size: int, slices: int, seed: int, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Endless batches of `size` from step `start` on, leaves [slices, size / slices, …]."""
+
+        def shaped(leaf):
+            return leaf.reshape(slices, size // slices, *leaf.shape[1:])
+
+        place = np.arange(size, dtype=np.int32)
+        for batch, _ in self._batches((index, None) for index in batches.train(len(self), size, seed, start)):
+            yield self.layout.put_batch(jax.tree.map(shaped, batch | {"place": place}), axis=1)
+
+    def evaluation(self, size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+        """Every picture once, in order: batches of `size` and their masks, bool [size], False for the padding."""
+        for batch, mask in self._batches(batches.evaluation(len(self), size)):
+            yield self.layout.put_batch(batch), mask
+
+    def _batches(self, indices: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+        if self.data is not None:
+            yield from (({"index": index}, other) for index, other in indices)
+            return
+
+        def read(item):
+            images, labels = self.source.take(item[0])
+            return {"images": images, "labels": labels}, item[1]
+
+        with ThreadPoolExecutor(1, "feed") as pool:
+            ahead = pool.submit(read, next(indices))
+            for item in indices:
+                ready, ahead = ahead, pool.submit(read, item)
+                yield ready.result()
+            yield ahead.result()

@@ -1,0 +1,41 @@
+"""What may end a run early: a signal, a loss that is not finite."""
+
+import math
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+class Guard:
+    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and leaves; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._before: dict[int, object] = {}
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+        signal.signal(number, self._before[number])  # type: ignore[arg-type]
+
+    def __enter__(self) -> "Guard":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @staticmethod
+    def check(step: int, loss: float) -> None:
+        """TrainingError where the loss of a step is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step} is {loss}: training has diverged. Lower optimizer.learning_rate, lengthen "
+                "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory"
+            )

@@ -39,6 +39,8 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     known = configuration.fields(Config())
     for argument in argv[1:]:
         name = argument.partition("=")[0].lstrip("-").removeprefix("no").removeprefix("config.")
+        if name == "run.expected":
+            raise ConfigError("config.run.expected is set in a configuration file")
         if ".".join(("config", name)) in argument.partition("=")[0] and name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
             raise ConfigError(f"there is no field config.{name}; the nearest: {near}\n{_fields(Config())}")

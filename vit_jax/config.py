@@ -18,7 +18,7 @@ class ConfigError(ValueError):
     """A configuration that no run can follow; the message names the field, its value and what is allowed."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)  # so that a misspelt field of a configuration file is an error
 class Model:
     """What is trained."""
 
@@ -29,7 +29,7 @@ class Model:
     dtype: str = "float32"  # of the computation; parameters are always float32
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Data:
     """What it is trained and tested on."""
 
@@ -42,7 +42,7 @@ class Data:
     device_budget_mib: int = 4096  # a split of at most this size lives on every device as uint8; a larger one is streamed
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Augment:
     """What happens to a training picture before it is resized to the model's size."""
 
@@ -51,7 +51,7 @@ class Augment:
     flip: bool = True  # left-right, half of the pictures
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Optimizer:
     """How gradients become updates."""
 
@@ -66,7 +66,7 @@ class Optimizer:
     accumulator_dtype: str = "bfloat16"  # of the momentum between steps
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Training:
     """How long, how much at a time, and when to look."""
 
@@ -78,7 +78,7 @@ class Training:
     save_every: int = 100  # steps between saved states; the last step is always saved
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Run:
     """What does not change the numbers."""
 
@@ -86,7 +86,7 @@ class Run:
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
     """One run. A run is a function of this and nothing else."""
 

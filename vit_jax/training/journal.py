@@ -36,7 +36,13 @@ class Journal:
         self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.5, smoothing=0.05
+            total=steps,
+            initial=start,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs fewer lines
+            smoothing=0.05,
         )
         self._shown: dict[str, str] = {}
 

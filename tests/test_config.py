@@ -1,0 +1,147 @@
+"""The rules of a configuration, its JSON, and the files in configs/."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from vit_jax import config as configuration
+from vit_jax.config import Config, ConfigError, check, difference, from_json, read, to_json
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def valid():
+    config = Config()
+    config.model.variant = "B/16"
+    check(config)
+    return config
+
+
+def put(config, name, value):
+    *sections, field = name.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    setattr(config, field, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("training.steps", "ten", "training.steps must be a int, got 'ten'"),
+        ("training.steps", True, "training.steps must be a int, got True"),
+        ("augment.flip", 1, "augment.flip must be a bool, got 1"),
+        ("augment.crop_area", (0.1, 0.9, 0.4), r"augment.crop_area must be a tuple\[float, float\], got \(0.1, 0.9, 0.4\)"),
+        ("augment.crop_area", (0.1,), "augment.crop_area must be a tuple"),
+        ("augment.crop_area", ("a", "b"), "augment.crop_area must be a tuple"),
+        ("augment.crop_area", 0.3, "augment.crop_area must be a tuple"),
+        ("augment.crop_area", (0.9, 0.1), "0 < least <= largest <= 1"),
+        ("augment.crop_area", (0.0, 1.0), "0 < least <= largest <= 1"),
+        ("augment.crop", "centre", "augment.crop must be one of 'torchvision', 'tensorflow', 'none', got 'centre'"),
+        ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw'"),
+        ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps = 1000 must be shorter than the run, training.steps = 1000"),
+        ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must not be negative"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate must be above 0"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be above 0, got nan"),
+        ("model.dropout", 1.0, r"model.dropout must be in \[0, 1\)"),
+        ("training.accumulation", 3, "training.batch_size = 64 does not divide into training.accumulation = 3"),
+        ("model.checkpoint", "x.npz", "either model.checkpoint .* got 'x.npz' and 'B/16'"),
+        ("model.variant", "", "either model.checkpoint .* got '' and ''"),
+        ("run.expected", {"a": "b"}, r"run.expected must be a dict\[str, float\]"),
+        ("seed", 2**32, r"seed must be below 2\*\*32"),
+    ],
+)
+def test_what_no_run_can_follow_is_named(valid, name, value, said):
+    put(valid, name, value)
+    with pytest.raises(ConfigError, match=said):
+        check(valid)
+
+
+def test_difference_names_what_changes_the_numbers(valid):
+    other = from_json(to_json(valid), "x")
+    assert difference(valid, other) == []
+    other.seed, other.augment.flip, other.run.parallel = 9, False, "pmap"
+    assert difference(valid, other) == ["augment.flip", "seed"]
+
+
+def test_json_there_and_back(valid):
+    valid.run.expected = {"test/accuracy": 0.5}
+    valid.augment.crop_area = (0.25, 0.75)
+    assert from_json(to_json(valid), "x") == valid
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "x.json is not JSON"),
+        ("[]", "x.json: the whole should be an object"),
+        ('{"sead": 1}', "x.json: there is no field sead; there are model, .*seed"),
+        ('{"augment": {"flop": true}}', "x.json: there is no field augment.flop; there are crop"),
+        ('{"augment": 3}', "x.json: augment should be an object"),
+    ],
+)
+def test_json_of_something_else(text, said):
+    with pytest.raises(ConfigError, match=said):
+        from_json(text, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def get_config(: pass", "x.py gives no configuration: SyntaxError"),
+        ("x = 1", "x.py gives no configuration: KeyError: 'get_config'"),
+        ("def get_config(): return 3", "returned a int, not a vit_jax.Config"),
+        (
+            "from vit_jax import Config\ndef get_config():\n  c = Config(); c.optimizer.rate = 1; return c",
+            "x.py gives no configuration: AttributeError: .*rate",
+        ),
+    ],
+)
+def test_files_that_give_no_configuration(tmp_path, code, said):
+    (tmp_path / "x.py").write_text(code)
+    with pytest.raises(ConfigError, match=said):
+        check(read(str(tmp_path / "x.py")))
+
+
+def test_an_argument_after_a_colon(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "from vit_jax import Config\ndef get_config(argument='none'):\n  c = Config(); c.model.variant = argument; return c"
+    )
+    assert read(f"{tmp_path}/x.py:R+Ti/16,pets").model.variant == "R+Ti/16,pets"
+    assert read(f"{tmp_path}/x.py").model.variant == "none"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_configs_are_valid_and_open_with_their_command(path):
+    config = read(str(path))
+    check(config)
+    assert f"python main.py --config configs/{path.name}" in (ast.get_docstring(ast.parse(path.read_text())) or "")
+
+
+def test_the_run_this_project_exists_for():
+    """The report's settings, one by one."""
+    config = read(str(ROOT / "configs" / "cifar100_b16.py"))
+    assert (config.model.dropout, config.model.attention_dropout) == (0.1, 0.0)
+    assert (config.data.task, config.data.image_size, config.data.normalization) == ("cifar100", 224, "dataset")
+    assert dataclasses.astuple(config.augment) == ("torchvision", (0.05, 1.0), False)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps, optimizer.decay) == ("sgd", 0.03, 100, "cosine")
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.0, 1.0)
+    assert (config.training.steps, config.training.batch_size, config.training.eval_every) == (1000, 64, 10)
+    assert config.seed == 42 and config.run.expected["test/accuracy"] == 0.8957
+
+
+def test_every_field_is_read_somewhere():
+    """No dead options: the product names each field outside the file that defines it."""
+    product = [*(ROOT / "vit_jax").rglob("*.py"), ROOT / "main.py"]
+    read_names = {
+        node.attr
+        for path in product
+        if path.name != "config.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    for name in configuration.fields(Config()):
+        assert name.split(".")[-1] in read_names, name

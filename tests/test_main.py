@@ -1,0 +1,142 @@
+"""The command line: what it gets wrong ends in a sentence and a status, never in a traceback."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vit_jax.config import to_json
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("main", ROOT / "main.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def demo():
+    return ["main.py", "--config", str(ROOT / "configs" / "demo.py")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.augment.flip", "False"], "stray argument 'False'; values are given with ="),
+        (["train"], "stray argument 'train'"),
+        (["--config.augment.flp=False"], "there is no field config.augment.flp; the nearest: augment.flip"),
+        (["--noconfig.augment.flp"], "there is no field config.augment.flp; the nearest: augment.flip"),
+        (["--config.training.steps=ten"], "config.training.steps=ten"),
+        (["--config.augment.flip=maybe"], "config.augment.flip=maybe"),
+        (["--config.model.checkpoint"], "config.model.checkpoint"),
+        (["--config.augment.crop_area=0.3"], "augment.crop_area must be a tuple[float, float], got (0.3,)"),
+        (["--config.augment.crop_area=(0.1,0.9,0.4)"], "augment.crop_area must be a tuple[float, float]"),
+        (["--config.augment.crop_area=('a','b')"], "augment.crop_area must be a tuple[float, float]"),
+        (["--config.run.expected=3"], "config.run.expected is set in a configuration file"),
+        (["--config.optimizer=sgd"], "there is no field config.optimizer"),
+        (["--config.optimizer.warmup_steps=100"], "optimizer.warmup_steps = 100 must be shorter than the run"),
+        (["--wordir=x"], "Unknown command line flag 'wordir'"),
+    ],
+)
+def test_a_wrong_command_line(main, demo, capsys, arguments, said):
+    assert main.main(demo + arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+
+
+def test_misspelt_fields_are_answered_with_the_list(main, demo, capsys):
+    main.main([*demo, "--config.model.chekpoint=x"])
+    error = capsys.readouterr().err
+    for name in ("--config.model.checkpoint=", "--config.training.steps=1000", "torchvision | tensorflow | none"):
+        assert name in error
+
+
+def test_a_value_of_the_wrong_type_is_answered_with_what_is_expected(main, demo, capsys):
+    main.main([*demo, "--config.training.steps=1.5"])
+    assert "training.steps" in (error := capsys.readouterr().err) and "int" in error
+
+
+@pytest.mark.parametrize("source", ["nowhere.py", "configs"])
+def test_a_configuration_that_is_not_there(main, capsys, source):
+    assert main.main(["main.py", "--config", source]) == 2
+    assert f"there is no configuration file {source}" in capsys.readouterr().err
+    assert main.main(["main.py"]) == 2
+    assert "name a configuration" in capsys.readouterr().err
+
+
+def test_overrides_are_typed(main, demo):
+    config, _ = main.parse(
+        [*demo, "--config.seed=7", "--noconfig.augment.flip", "--config.augment.crop_area=(0.5,1)",
+         "--config.optimizer.learning_rate=1e-2", "--config.model.checkpoint="]
+    )  # fmt: skip
+    assert (config.seed, config.augment.flip, config.augment.crop_area) == (7, False, (0.5, 1))
+    assert (config.optimizer.learning_rate, config.model.checkpoint) == (0.01, "")
+
+
+def test_help_lists_every_field_with_the_values_of_the_configuration(main, demo, capsys):
+    assert main.main([*demo, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--workdir DIR" in text and "--config.model.checkpoint=mini_8" in text and "float32 | bfloat16" in text
+    assert main.main(["main.py", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("configs/demo.py", "runs/demo"),
+        ("configs/augreg.py:R+Ti/16,pets", "runs/augreg-R+Ti_16-pets"),
+        ("runs/x/config.json", "runs/x"),
+    ],
+)
+def test_where_a_run_lives(main, source, expected):
+    assert main.workdir_of(source) == Path(expected)
+
+
+def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, capsys):
+    from vit_jax.training import loop
+
+    config, _ = main.parse(demo)
+    (tmp_path / "config.json").write_text(to_json(config))
+    seen = []
+
+    def train(config, workdir):
+        seen.append((config, workdir))
+        return loop.Result({"step": 3, "test/accuracy": 0.5, "test/loss": 1.25, "best/step": 2, "best/accuracy": 0.625}, {})
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main.main(["main.py", "--config", str(tmp_path / "config.json")]) == 0
+    assert seen == [(config, tmp_path)]
+    text = capsys.readouterr().out
+    assert "test/accuracy 50.00% (expected 7" in text and "best evaluation 62.50%, step 2, chosen on the test split" in text
+    assert "random weights" in text and str(tmp_path / "best.npz") in text
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (OSError(28, "No space left on device", "metrics.jsonl"), "error: metrics.jsonl: No space left on device", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, capsys, error, said, status):
+    from vit_jax.training import loop
+
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(loop, "train", fails)
+    assert main.main(demo) == status
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_says_where_to_get_it(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = str(ROOT / "configs" / "cifar100_b16.py")
+    assert main.main(["main.py", "--config", source, "--config.data.task=cifar100_excerpt"]) == 1
+    error = capsys.readouterr().err
+    assert "there is no file ViT-B_16.npz; download https://storage.googleapis.com/" in error
+    assert not list(tmp_path.iterdir())

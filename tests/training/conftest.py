@@ -49,7 +49,7 @@ class Pictures:
         return self.images[index], self.labels[index]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pictures():
     """A function: n random pictures of 8×8 pixels with labels of 10 classes."""
 

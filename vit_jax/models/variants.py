@@ -12,6 +12,7 @@ from vit_jax.models.vit import VisionTransformer
 # hidden size, layers, heads, MLP width: table 1 of the ViT paper, section 3.2 of "How to train your ViT?"; Mini is ours.
 _SIZES = {
     "Mini": (192, 6, 3, 768),
+    "Nano": (128, 4, 4, 512),
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
     "B": (768, 12, 12, 3072),
@@ -36,6 +37,8 @@ def _row(size: str, patch_size: int, resnet: tuple[int, ...] | None = None) -> d
 VARIANTS: dict[str, dict[str, Any]] = {
     "Mini/4": _row("Mini", 4),
     "Mini/8": _row("Mini", 8),
+    "Nano/4": _row("Nano", 4),
+    "Nano/8": _row("Nano", 8),
     "Ti/16": _row("Ti", 16),
     "S/16": _row("S", 16),
     "S/32": _row("S", 32),

@@ -24,7 +24,7 @@ from vit_jax.training import optimizer as optimizers
 from vit_jax.training.devices import Layout
 from vit_jax.training.feed import Feed
 from vit_jax.training.state import TrainState, create
-from vit_jax.training.step import logits_of, loss_of, train_step
+from vit_jax.training.step import INIT, logits_of, loss_of, stream, train_step
 from vit_jax.transforms.preprocess import for_evaluation, for_training
 
 
@@ -55,7 +55,7 @@ def _statistics(config: Config, row: Task) -> tuple[Any, Any] | None:
     return (row.mean, row.std) if config.data.normalization == "dataset" else None
 
 
-def _model(config: Config, num_classes: int, own_head: bool, key: jax.Array) -> tuple[VisionTransformer, Any]:
+def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTransformer, Any]:
     settings, size = config.model, config.data.image_size
     fields = dict(dropout=settings.dropout, attention_dropout=settings.attention_dropout, dtype=jnp.dtype(settings.dtype))
     if settings.checkpoint:
@@ -73,7 +73,7 @@ def _model(config: Config, num_classes: int, own_head: bool, key: jax.Array) -> 
         return model, params
     try:
         model = build(settings.variant, num_classes=num_classes, **fields)
-        params = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, 3)))["params"])(key)
+        params = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, 3)))["params"])(stream(config.seed, INIT))
     except ValueError as error:
         raise ConfigError(f"model.variant = {settings.variant!r}, data.image_size = {size}: {error}") from None
     return model, params
@@ -114,17 +114,13 @@ def assemble(config: Config, layout: Layout, own_head: bool = False) -> Parts:
     The model begins with a fresh head, or with the checkpoint's where `own_head`.
     """
     layout.check(config.training.batch_size, config.training.accumulation)
-    # Streams of their own, so that no draw of one repeats a draw of another. Threefry draws alike in every layout.
-    root = jax.random.key(config.seed, impl="threefry2x32")
-    init_key, augment_key, dropout_key = jax.random.split(root, 3)
-
     row, (train_source, test_source) = task(config.data.task), splits(config)
-    model, params = _model(config, train_source.num_classes, own_head, init_key)
+    model, params = _model(config, train_source.num_classes, own_head)
     statistics, size = _statistics(config, row), config.data.image_size
     budget = config.data.device_budget_mib * 2**20
     optimizer = optimizers.build(config.optimizer, config.training.steps)
     rate = optimizers.schedule(config.optimizer, config.training.steps)
-    forward = loss_of(model, for_training(config.augment, size, statistics), augment_key)
+    forward = loss_of(model, for_training(config.augment, size, statistics), config.seed)
     return Parts(
         model=model,
         params=params,
@@ -132,7 +128,7 @@ def assemble(config: Config, layout: Layout, own_head: bool = False) -> Parts:
         rates=np.asarray(jax.vmap(rate)(jnp.arange(config.training.steps))),
         train_feed=Feed(train_source, layout, budget),
         test_feed=Feed(test_source, layout, budget),
-        step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, key=dropout_key)),
+        step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=config.seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(size, statistics))),
         meta=describe(config, train_source.class_names),
     )

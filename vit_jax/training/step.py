@@ -19,17 +19,27 @@ from vit_jax.transforms.preprocess import example_keys
 
 Forward = Callable[..., Any]
 
+INIT, AUGMENT, DROPOUT = range(3)  # the kinds of draws of a run, each with a key of its own
 
-def loss_of(model: VisionTransformer, transform: Callable[..., Any], key: jax.Array) -> Forward:
+
+def stream(seed: int, kind: int) -> jax.Array:
+    """The key of one kind of draw, so that no draw of one kind repeats one of another.
+
+    Threefry, whose draws are equal in every layout. Called inside the step: a key closed over would be an array to move.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), kind)
+
+
+def loss_of(model: VisionTransformer, transform: Callable[..., Any], seed: int) -> Forward:
     """forward(params, data, batch, step, dropout_key) → mean cross-entropy of a slice of a batch, float32 [].
 
-    `transform` is of transforms.for_training; each picture's draws are keyed by `key`, the step and the picture's place
-    in the whole batch, so that neither devices nor slices change them.
+    `transform` is of transforms.for_training; each picture's draws are keyed by the seed, the step and the picture's
+    place in the whole batch, so that neither devices nor slices change them.
     """
 
     def forward(params, data, batch, step, dropout_key):
         images, labels = fetch(data, batch)
-        images, labels = transform(example_keys(key, step, batch["place"]), images, labels)
+        images, labels = transform(example_keys(stream(seed, AUGMENT), step, batch["place"]), images, labels)
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
@@ -53,15 +63,15 @@ def train_step(
     *,
     forward: Forward,
     optimizer: optax.GradientTransformation,
-    key: jax.Array,
+    seed: int,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a batch whose leaves are [slices, size, …]; gradients are averaged over the slices.
 
-    `key` is the run's dropout key; it is folded with the step, with the device under pmap, and with the slice. Returns
+    Dropout is keyed by the seed, the step, the device under pmap, and the slice. Returns
     the next state and float32 [] metrics: the loss before the update and the norm of its gradient before clipping.
     """
-    key = jax.random.fold_in(key, state.step)
+    key = jax.random.fold_in(stream(seed, DROPOUT), state.step)
     if axis:
         key = jax.random.fold_in(key, lax.axis_index(axis))
     slices = jax.tree.leaves(batch)[0].shape[0]

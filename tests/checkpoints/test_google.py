@@ -84,6 +84,7 @@ def test_every_form_reads_as_the_published_tree(name, tree, tmp_path):
     assert found.keys() == tree.keys()
     for key, leaf in found.items():
         if "pos_embedding" in key and name in ("params/linen", "params/img/linen"):
+            assert not leaf[:, :1].any()
             leaf, expected = leaf[:, 1:], tree[key][:, 1:]
         elif key == "cls" and name in ("params/linen", "params/img/linen"):
             expected = tree["cls"] + tree["Transformer/posembed_input/pos_embedding"][:, :1]
@@ -115,7 +116,7 @@ def test_skipped_modules_are_not_read(tree, tmp_path):
     broken = published(tree) | {"head/kernel": np.full((8, 3), np.nan, np.float32)}
     np.savez(tmp_path / "x.npz", **broken)
     assert "head" not in read_npz(tmp_path / "x.npz", skip=("head",))
-    with pytest.raises(CheckpointError, match="head/kernel holds values that are not finite"):
+    with pytest.raises(CheckpointError, match="'head/kernel' holds values that are not finite"):
         read_npz(tmp_path / "x.npz")
 
 
@@ -161,44 +162,62 @@ def write(path, kind, tree):
     if kind == "corrupt":
         place = content.index(b"conv_root/kernel.npy") + 1000
         path.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
-        return "conv_root/kernel cannot be read .*CRC"
+        return "'conv_root/kernel' cannot be read .*CRC"
     if kind == "another zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("word/document.xml", "<a/>")
-        return "is a zip but no npz of weights: it holds word/document.xml"
+        return "is a zip but no npz of weights: it holds 'word/document.xml'"
     if kind == "an empty zip":
         zipfile.ZipFile(path, "w").close()
         return "it holds nothing"
     if kind == "pickled":
         np.savez(path, **{"cls": np.array([Trap(path.parent / "sprung")], object)})
-        return "cls is a pickled object, which is never loaded"
+        return "'cls' is a pickled object, which is never loaded"
     if kind == "a pickle for an array":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("cls.npy", pickle.dumps(Trap(path.parent / "sprung")))
-        return "cls "
+        return "'cls' cannot be read"
     if kind == "NaN":
         np.savez(path, **tree | {"cls": np.full((1, 1, 16), np.nan, np.float32)})
-        return "cls holds values that are not finite"
+        return "'cls' holds values that are not finite"
     if kind == "infinite":
         np.savez(path, **tree | {"cls": np.full((1, 1, 16), -np.inf, np.float32)})
-        return "cls holds values that are not finite"
+        return "'cls' holds values that are not finite"
     if kind == "integers":
         np.savez(path, **tree | {"cls": np.zeros((1, 1, 16), np.int32)})
-        return "cls has type int32"
+        return "'cls' has type int32"
     if kind == "a member twice":
         with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning):
             for _ in range(2):
                 archive.writestr("cls.npy", content)
-        return "holds cls.npy twice"
+        return "holds 'cls.npy' twice"
+    if kind == "a later zip":
+        needed = content.index(b"PK\x01\x02") + 6  # the version of zip that a member asks for
+        path.write_bytes(content[:needed] + b"\xff" + content[needed + 1 :])
+        return "is no npz, or is cut short"
+    if kind == "more than an array":
+        with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
+            archive.writestr("cls.npy", good.read("cls.npy") + b"more")
+        return "'cls' cannot be read .there is more in it than an array"
+    if kind == "two names for one":
+        np.savez(path, **linen(tree), **{"Transformer/encoderblock_0/LayerNorm_2/scale": np.ones(16, np.float32)})
+        return "two arrays stand for 'Transformer/encoderblock_0/LayerNorm_2/scale'"
+    if kind == "positions twice":
+        np.savez(path, **published(tree), pos_embedding=np.zeros((1, 1, 16), np.float32))
+        return "two arrays stand for 'Transformer/posembed_input/pos_embedding'"
+    if kind == "beyond float32":
+        np.savez(path, **tree | {"cls": np.full((1, 1, 16), 1e300)})
+        return "'cls' holds values that are not finite"
     assert kind == "a name within a name"
     np.savez(path, **tree | {"cls/kernel": tree["cls"]})
-    return "cls is an array and has cls/kernel below it"
+    return "'cls' is an array and has 'cls/kernel' below it"
 
 
 @pytest.mark.parametrize(
     "kind",
     ["missing", "a folder", "empty", "truncated", "a page", "corrupt", "another zip", "an empty zip", "pickled",
-     "a pickle for an array", "NaN", "infinite", "integers", "a member twice", "a name within a name"],
+     "a pickle for an array", "a later zip", "more than an array", "two names for one", "positions twice",
+     "beyond float32", "NaN", "infinite", "integers", "a member twice", "a name within a name"],
 )  # fmt: skip
 def test_what_holds_no_weights_is_refused_in_a_sentence(kind, tree, tmp_path):
     path = tmp_path / "bad.npz"
@@ -209,7 +228,8 @@ def test_what_holds_no_weights_is_refused_in_a_sentence(kind, tree, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_was_there_stays_until_the_new_file_is_whole(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("meta", [{"step": 2}, None])
+def test_what_was_there_stays_until_the_new_file_is_whole(tree, tmp_path, monkeypatch, meta):
     path = tmp_path / "x.npz"
     save_npz(path, {"cls": np.zeros(3, np.float32)}, {"step": 1})
     before = path.read_bytes()
@@ -220,7 +240,9 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tree, tmp_path, monkey
 
     monkeypatch.setattr(np, "savez", fails)
     with pytest.raises(OSError, match="No space left"):
-        save_npz(path, {"cls": np.ones(3, np.float32)}, {"step": 2})
+        save_npz(path, {"cls": np.ones(3, np.float32)}, meta)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_npz(path, {"cls": np.ones(3, np.float32)}, {"step": np.float32(2)})
     assert path.read_bytes() == before and read_meta(path) == {"step": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
@@ -242,3 +264,25 @@ def test_bfloat16_is_written_on_request(tree, tmp_path):
     expected = tree["cls"].astype(ml_dtypes.bfloat16).astype(np.float32)
     assert np.array_equal(read_npz(tmp_path / "x.npz")["cls"], expected)
     assert json.dumps(form(tmp_path / "x.npz")) == '"published"'
+
+
+def test_positions_of_big_vision_before_2022(tree, tmp_path):
+    flat = dict(tree)
+    flat["Transformer/pos_embedding"] = flat.pop("Transformer/posembed_input/pos_embedding")
+    np.savez(tmp_path / "x.npz", **flat)
+    found = flatten_dict(read_npz(tmp_path / "x.npz"), sep="/")
+    assert all(np.array_equal(leaf, tree[name]) for name, leaf in found.items()) and found.keys() == tree.keys()
+
+
+def test_bytes_before_the_zip_do_no_harm(tree, tmp_path):
+    np.savez(tmp_path / "x.npz", **tree)
+    (tmp_path / "x.npz").write_bytes(b"\x80\x04junk" + (tmp_path / "x.npz").read_bytes())
+    assert np.array_equal(read_npz(tmp_path / "x.npz")["cls"], tree["cls"])
+
+
+def test_a_json_of_something_else_stays(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_npz(tmp_path / "config.npz", {"cls": np.zeros(3)})
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="ends in .npz, got .*config.json"):
+        save_npz(tmp_path / "config.json", {"cls": np.zeros(3)}, {})

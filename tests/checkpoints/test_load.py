@@ -6,7 +6,7 @@ import scipy.ndimage
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.catalogue import PUBLISHED, find, resolve
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.checkpoints.google import CheckpointError, save_npz
 from vit_jax.checkpoints.load import load, resize_positions
 from vit_jax.models.variants import VARIANTS, build, count, shapes
 
@@ -88,9 +88,22 @@ BLOCK = "Transformer/encoderblock_"
         ({f"{BLOCK}1/LayerNorm_0/scale": None}, f"{BLOCK}1/LayerNorm_0/scale is missing"),
         ({f"{BLOCK}3/LayerNorm_0/scale": np.ones(16, np.float32)}, f"{BLOCK}2 is missing while there is .*_3"),
         ({f"{BLOCK}2/LayerNorm_0/scale": np.ones(16, np.float32)}, f"{BLOCK}2/.* is missing"),
-        ({f"{BLOCK}0/extra/scale": np.ones(16, np.float32)}, f"{BLOCK}0/extra/scale belongs to no 2-block"),
+        ({f"{BLOCK}0/extra/scale": np.ones(16, np.float32)}, f"'{BLOCK}0/extra/scale' belongs to no such Vision Transformer"),
         ({"Transformer/posembed_input/pos_embedding": None}, "pos_embedding is missing"),
-        ({"Transformer/posembed_input/pos_embedding": np.ones(3, np.float32)}, "pos_embedding should have 3 axes"),
+        ({"Transformer/posembed_input/pos_embedding": np.ones(3, np.float32)}, "pos_embedding should have"),
+        (
+            {"Transformer/posembed_input": np.ones(3, np.float32), "Transformer/posembed_input/pos_embedding": None},
+            "is missing",
+        ),
+        ({"cls": None}, "cls is missing while there are positions for it and 16 patches"),
+        ({"embedding/kernel": np.ones((0, 0, 3, 16), np.float32)}, "embedding/kernel should have 4 axes, none of them empty"),
+        (
+            {f"{BLOCK}0/MultiHeadDotProductAttention_1/query/kernel": np.ones((16, 3, 8), np.float32)},
+            "3 heads do not divide 16 values",
+        ),
+        ({"block1": np.ones(3, np.float32), "conv_root/kernel": np.ones((7, 7, 3, 32), np.float32)}, "block1/? should hold"),
+        ({"conv_root/kernel": np.ones((7, 7, 3, 8), np.float32)}, "conv_root/kernel makes 8 channels"),
+        ({"Transformer/posembed_input/pos_embedding": np.ones((1, 0, 16), np.float32)}, "pos_embedding should have shape"),
         ({"cls": np.ones((1, 1, 8), np.float32)}, r"cls should have shape \(1, 1, 16\), has \(1, 1, 8\)"),
         ({f"{BLOCK}1/MlpBlock_3/Dense_0/kernel": np.ones((16, 8), np.float32)}, r"Dense_0/kernel should have shape"),
         ({"head/kernel": np.ones(3, np.float32)}, "head/kernel should have 2 axes"),
@@ -106,8 +119,66 @@ def test_a_file_that_is_no_such_model(saved, changes, said):
 def test_positions_that_make_no_square_cannot_be_resized(saved):
     path = saved(**{"Transformer/posembed_input/pos_embedding": np.ones((1, 1 + 12, 16), np.float32)})
     load(path)  # fine as it stands: a rectangle of our own making
-    with pytest.raises(CheckpointError, match="x.npz: 12 positions make no square grid"):
+    load(path, image_size=(16, 48))
+    with pytest.raises(CheckpointError, match="x.npz: 12 positions make neither a square grid nor one of 4×4"):
         load(path, image_size=32)
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16), (8, 24)])
+def test_a_rectangle_keeps_its_positions_by_the_json_beside_it(saved, tmp_path, size):
+    _, params = load(saved(), image_size=size)
+    save_npz(tmp_path / "rectangle.npz", params, {"image_size": list(size)})
+    _, again = load(tmp_path / "rectangle.npz", image_size=size)
+    for name, leaf in flatten_dict(again, sep="/").items():
+        assert np.array_equal(leaf, flatten_dict(params, sep="/")[name]), name
+    _, resized = load(tmp_path / "rectangle.npz", image_size=32)
+    expected = resize_positions(
+        np.asarray(params["Transformer"]["posembed_input"]["pos_embedding"]), (4, 4), old=(size[0] // 8, size[1] // 8)
+    )
+    assert np.array_equal(resized["Transformer"]["posembed_input"]["pos_embedding"], expected)
+
+
+def test_sizes_of_numpy_are_sizes(saved):
+    assert load(saved(), np.int64(7), np.int64(64))[1]["Transformer"]["posembed_input"]["pos_embedding"].shape[1] == 65
+    with pytest.raises(ValueError, match="num_classes must not be negative"):
+        load(saved(), num_classes=-1)
+
+
+def test_fields_that_the_file_decides_are_no_arguments(saved):
+    with pytest.raises(TypeError, match="num_layers"):
+        load(saved(), num_layers=1)
+
+
+def test_a_few_hundred_damaged_trees(tree, tmp_path):
+    """Members removed, renamed, reshaped or retyped: the right model, or a sentence."""
+    draw, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        flat = dict(tree)
+        for name in draw.choice(list(tree), draw.integers(1, 3), replace=False):
+            leaf = flat.pop(name)
+            action = draw.integers(6)
+            if action == 0:
+                flat[name.rpartition("/")[0] or "x"] = leaf
+            elif action == 1:
+                flat[name + draw.choice(["/deeper", "2", " "])] = leaf
+            elif action == 2:
+                flat[name] = leaf.reshape(-1)
+            elif action == 3:
+                flat[name] = leaf[..., :0]
+            elif action == 4:
+                flat[name] = leaf.astype(draw.choice([np.float16, np.int8, np.complex64]))
+        np.savez(tmp_path / "x.npz", **flat)
+        try:
+            model, params = load(tmp_path / "x.npz")
+        except CheckpointError as error:
+            assert "x.npz" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:  # no less than the whole, with at most some of it in half precision
+            found = flatten_dict(params, sep="/")
+            assert {name: leaf.shape for name, leaf in found.items()} == {n: leaf.shape for n, leaf in tree.items()} or (
+                model.num_classes == 5 and model.representation_size == 0
+            )
+    assert refused > 200
 
 
 def test_the_embedded_row_is_the_first_and_loads_by_name():
@@ -128,10 +199,15 @@ def test_a_published_file_that_is_not_here(source):
         find(source)
 
 
-def test_an_existing_path_wins(tmp_path, monkeypatch):
+def test_an_existing_file_wins_and_a_folder_does_not_hide_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini_8").mkdir()
+    assert find("mini_8").parent.name == "assets" and find("mini_8.npz") == find("mini_8")
+    (tmp_path / "mini_8").rmdir()
     (tmp_path / "mini_8").write_bytes(b"")
     assert str(find("mini_8")) == "mini_8"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/mini_8") == tmp_path / "mini_8"
 
 
 def test_unknown_names():
@@ -139,3 +215,5 @@ def test_unknown_names():
         find("nothing.npz")
     with pytest.raises(CheckpointError, match="nearest names: ViT-B_"):
         resolve("ViT-B_61")
+    with pytest.raises(CheckpointError, match="neither a file nor a published name"):
+        find("x" * 300)

@@ -93,3 +93,8 @@ def test_what_cannot_be_cut_is_refused_at_once(n, size, shard):
         batches.train(n, size, seed=0, shard=shard)
     with pytest.raises(DataError, match="expected"):
         batches.evaluation(n, size, shard=shard)
+
+
+def test_a_start_before_the_first_step_is_refused():
+    with pytest.raises(DataError, match="step -1"):
+        batches.train(10, 4, 0, start=-1)

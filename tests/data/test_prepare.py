@@ -78,7 +78,7 @@ def test_what_is_prepared_is_left_alone(tiny, pack, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     begin = time.perf_counter()
     assert prepare.prepare(tiny, "no such file", tmp_path / "data") == folder
-    assert prepare.ensure_prepared(tiny, tmp_path / "data") == folder
+    assert prepare.prepare(tiny, data_dir=tmp_path / "data") == folder
     assert time.perf_counter() - begin < 0.5
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
@@ -131,7 +131,8 @@ def _label(files, record, column, value):
             lambda files: files.update({TEST: files[TEST] + files[TEST][:3074]}),
             "test.bin has 126,034 bytes, expected 122,960",
         ),
-        (lambda files: files.update({FINE: b"apple\n"}), "fine_label_names.txt has 1 names, expected 100"),
+        (lambda files: files.update({FINE: b"apple\n" * 100}), "fine_label_names.txt has 1 different names, expected 100"),
+        (lambda files: files.update({FINE: b"apple\n"}), "fine_label_names.txt has 1 different names, expected 100"),
         (lambda files: _label(files, 7, 1, 100), "record 7 of test has label 100, expected at most 99"),
         (lambda files: _label(files, 3, 0, 20), "record 3 of test has coarse_label 20, expected at most 19"),
         (
@@ -278,7 +279,7 @@ def at(task, url):
 def test_a_download_that_breaks_off_is_tried_again(tiny, pack, tmp_path, serve, caplog):
     content = pack().read_bytes()
     task = at(tiny, serve((200, content, 1000), (200, content, len(content))))
-    prepare.ensure_prepared(task, tmp_path / "data")
+    prepare.prepare(task, data_dir=tmp_path / "data")
     assert "broke off" in caplog.text
     assert (tmp_path / "data" / "downloads" / "cifar-100-binary.tar.gz").read_bytes() == content
     assert len(open_split(task, "test", tmp_path / "data")) == 40
@@ -287,7 +288,7 @@ def test_a_download_that_breaks_off_is_tried_again(tiny, pack, tmp_path, serve, 
 def test_a_download_that_always_breaks_off_is_given_up(tiny, tmp_path, serve):
     task = at(tiny, serve(*[(200, bytes(5000), 1000)] * 3))
     with pytest.raises(DataError, match="cannot be downloaded .*IncompleteRead.*--archive FILE"):
-        prepare.ensure_prepared(task, tmp_path / "data")
+        prepare.prepare(task, data_dir=tmp_path / "data")
     assert left_in(tmp_path / "data") == []
 
 
@@ -295,15 +296,15 @@ def test_a_download_of_something_else_is_not_kept(tiny, pack, tmp_path, serve):
     page, content = b"<html>Please log in</html>" * 1000, pack().read_bytes()
     task = at(tiny, serve((200, page, len(page)), (200, content, len(content))))
     with pytest.raises(DataError, match="no tar archive"):
-        prepare.ensure_prepared(task, tmp_path / "data")
+        prepare.prepare(task, data_dir=tmp_path / "data")
     assert left_in(tmp_path / "data") == []
-    prepare.ensure_prepared(task, tmp_path / "data")
+    prepare.prepare(task, data_dir=tmp_path / "data")
 
 
 def test_a_download_that_is_not_there_is_not_tried_again(tiny, tmp_path, serve):
     task = at(tiny, serve((404, b"", 0)))
     with pytest.raises(DataError, match="cannot be downloaded .Not Found.*--archive FILE"):
-        prepare.ensure_prepared(task, tmp_path / "data")
+        prepare.prepare(task, data_dir=tmp_path / "data")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.tar.gz", "http://no-such-host.invalid/a.tar.gz"])
@@ -312,7 +313,7 @@ def test_offline_it_fails_at_once_and_says_how_to_go_on(tiny, tmp_path, monkeypa
         monkeypatch.delenv(variable, raising=False)
     begin = time.perf_counter()
     with pytest.raises(DataError, match="is not prepared in .*cannot be downloaded") as caught:
-        prepare.ensure_prepared(at(tiny, url), tmp_path / "my data")
+        prepare.prepare(at(tiny, url), data_dir=tmp_path / "my data")
     assert time.perf_counter() - begin < 15
     command = f"`python -m vit_jax.data prepare cifar100 --archive FILE --data_dir '{tmp_path}/my data'`"
     assert command in str(caught.value)

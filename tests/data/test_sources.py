@@ -69,7 +69,7 @@ def test_a_split_that_does_not_exist_is_one_sentence(split):
         open_split(EXCERPT, split)
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "test[7:7]"])
+@pytest.mark.parametrize("split", ["train[:0]", "train[5:3]", "test[7:7]"])
 def test_an_empty_split_is_refused(split):
     with pytest.raises(DataError, match="is empty"):
         open_split(EXCERPT, split)
@@ -167,7 +167,7 @@ def test_a_read_only_folder_and_a_relative_path_are_enough(copy, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     try:
         assert len(open_split(EXCERPT, "test", ".").take(np.arange(500))[1]) == 500
-        assert prepare.ensure_prepared(EXCERPT, ".").resolve() == copy.resolve()
+        assert prepare.prepare(EXCERPT, data_dir=".").resolve() == copy.resolve()
     finally:
         copy.chmod(0o755)
 

@@ -111,3 +111,30 @@ def test_pictures_that_do_not_fit(shape, message):
     model, params, _ = make()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, jnp.zeros(shape))
+
+
+def test_what_is_not_scaled_is_refused():
+    model, params, _ = make()
+    with pytest.raises(ValueError, match="floating point numbers, got uint8: vit_jax.preprocess"):
+        model.apply({"params": params}, jnp.zeros((1, 32, 32, 3), jnp.uint8))
+
+
+def test_an_unknown_classifier():
+    with pytest.raises(ValueError, match="classifier must be 'token' or 'gap', got 'tok'"):
+        shapes(build("B/16", classifier="tok"), 32)
+
+
+def test_dropout_lies_where_the_original_has_it():
+    """After the positions, the attention's output, and both layers of the MLP."""
+    model, params, images = make(dropout=0.5, num_layers=1)
+    seen = []
+    original = nn.Dropout.__call__
+
+    def spy(self, inputs, *args, **kwargs):
+        seen.append((type(self.parent).__name__, inputs.shape[-1]))
+        return original(self, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Dropout, "__call__", spy)
+        model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    assert seen == [("Encoder", 32), ("EncoderBlock", 32), ("MlpBlock", 64), ("MlpBlock", 32)]

@@ -50,18 +50,22 @@ def find(source: str) -> Path:
 
     CheckpointError says where to get the file where it is not.
     """
-    if Path(source).exists():
-        return Path(source)
-    name = Path(source).name.removesuffix(".npz")
+    path = Path(source).expanduser()
+    name = path.name.removesuffix(".npz")
+    try:
+        if path.is_file() or (path.exists() and name not in PUBLISHED):
+            return path
+    except OSError:  # a name too long to be one
+        pass
     if name not in PUBLISHED:
         raise CheckpointError(f"{source} is neither a file nor a published name; published here are {', '.join(PUBLISHED)}")
     addresses = PUBLISHED[name].addresses
     for address in addresses:
         parts = urlsplit(address)
         local = Path(unquote(parts.path))
-        if parts.scheme == "file" and local.is_file() and source == name:
+        if parts.scheme == "file" and local.is_file() and name == source.removesuffix(".npz"):
             return local
     raise CheckpointError(
-        f"there is no file {source}; download {addresses[0]} and give its path as model.checkpoint "
+        f"there is no file {path}; download {addresses[0]} and give its path as model.checkpoint "
         "(--config.model.checkpoint=PATH on the command line)"
     )

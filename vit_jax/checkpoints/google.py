@@ -6,10 +6,11 @@ vit_jax/checkpoint.py; big_vision's models/vit.py).
 """
 
 import json
+import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ class CheckpointError(ValueError):
     """A file that holds no usable weights; the message names the file, what was expected, what was found."""
 
 
-def _members(path: Path) -> dict[str, str]:
-    """Array name → member name of an npz, after everything that can be told without reading an array."""
+def _members(path: Path) -> list[str]:
+    """The names of the arrays of an npz, after everything that can be told without reading one."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected an npz file")
     if not path.is_file():
@@ -39,14 +40,14 @@ def _members(path: Path) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no npz, or is cut short ({error}); download it again") from None
     odd = [name for name in names if not name.endswith(".npy")]
     if odd or not names:
-        raise CheckpointError(f"{path} is a zip but no npz of weights: it holds {odd[0] if odd else 'nothing'}")
+        raise CheckpointError(f"{path} is a zip but no npz of weights: it holds {repr(odd[0]) if odd else 'nothing'}")
     if len(set(names)) != len(names):
-        raise CheckpointError(f"{path} holds {next(n for n in names if names.count(n) > 1)} twice")
-    return {name[: -len(".npy")]: name for name in names}
+        raise CheckpointError(f"{path} holds {next(n for n in names if names.count(n) > 1)!r} twice")
+    return [name.removesuffix(".npy") for name in names]
 
 
 def _form(names: Iterable[str]) -> str:
@@ -67,42 +68,48 @@ def form(path: str | os.PathLike) -> str:
     return _form(_members(Path(path)))
 
 
-def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
-    """One member as a float32 array of finite values."""
+def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    """One member as a float32 array of finite values. Reads to the member's end, which is where its CRC is checked."""
     try:
-        array = archive[name]
+        with archive.open(f"{name}.npy") as member:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            if member.read(1):
+                raise ValueError("there is more in it than an array")
     except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
         if "allow_pickle" in str(error):
-            raise CheckpointError(f"{path}: {name} is a pickled object, which is never loaded") from None
+            raise CheckpointError(f"{path}: {name!r} is a pickled object, which is never loaded") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path}: {name} cannot be read ({reason}); download the file again") from None
-    if not isinstance(array, np.ndarray):
-        raise CheckpointError(f"{path}: {name} is not an array")
+        raise CheckpointError(f"{path}: {name!r} cannot be read ({reason}); download the file again") from None
     if array.dtype == np.dtype("V2"):  # NumPy writes bfloat16 as two bytes without a meaning
         array = array.view(ml_dtypes.bfloat16)
     elif array.dtype.kind != "f":
-        raise CheckpointError(f"{path}: {name} has type {array.dtype}, expected floating point numbers")
-    array = np.asarray(array, np.float32)
+        raise CheckpointError(f"{path}: {name!r} has type {array.dtype}, expected floating point numbers")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
     # Least and largest carry a NaN along and make no temporary array as isfinite would.
     if array.size and not np.isfinite([array.min(), array.max()]).all():
-        raise CheckpointError(f"{path}: {name} holds values that are not finite")
+        raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
     return array
 
 
-def _unstack(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Blocks stacked by scan, leading axis the layer, as blocks of their own."""
-    result = {}
-    for name, array in flat.items():
-        if "/encoderblock/" in name:
-            for i, layer in enumerate(array):
-                result[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = layer
-        else:
-            result[name] = array
-    return result
+def _unstacked(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Blocks stacked by scan, leading axis the layer, as blocks of their own; anything else as it is."""
+    if "/encoderblock/" in name and array.ndim:
+        for i, layer in enumerate(array):
+            yield name.replace("/encoderblock/", f"/encoderblock_{i}/"), layer
+    else:
+        yield name, array
 
 
 def _published(name: str) -> str:
     return "/".join(_PUBLISHED_NAMES.get(part, part) for part in name.split("/"))
+
+
+def _with_class_row(positions: np.ndarray) -> np.ndarray:
+    """Positions [1, N, D] of a model with a class token, with the row of that token: zeros where it was folded into `cls`."""
+    if positions.ndim != 3 or math.isqrt(max(0, positions.shape[1] - 1)) ** 2 == positions.shape[1] - 1:
+        return positions
+    return np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
 
 
 def read_npz(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -117,28 +124,24 @@ def read_npz(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, A
     spelling = _form(members)
     prefix = next((p for p in _PREFIXES if spelling.startswith(p)), "")
     flat: dict[str, np.ndarray] = {}
-    with np.load(path, allow_pickle=False) as archive:
-        for name in members:
-            short = name.removeprefix(prefix)
-            if not name.startswith(prefix) or short.split("/")[0] in skip:
+    with zipfile.ZipFile(path) as archive:
+        for member in members:
+            short = member.removeprefix(prefix)
+            if not member.startswith(prefix) or short.split("/")[0] in skip:
                 continue
-            flat[short] = _array(archive, name, path)
-    if spelling.endswith("scan-stacked"):
-        flat = _unstack(flat)
-    if not spelling.endswith("published"):
-        flat = {_published(name): array for name, array in flat.items()}
-    for name, array in flat.items():
-        if re.search(r"(^|/)gn\w+/(scale|bias)$", name) and array.shape[:-1] == (1, 1, 1):
-            flat[name] = array.reshape(-1)
-    if "pos_embedding" in flat:  # big_vision's: at the top, without a row for the class token
-        positions = flat.pop("pos_embedding")
-        if "cls" in flat and positions.ndim == 3:
-            positions = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
-        flat[_POSITIONS] = positions
+            for name, array in _unstacked(short, _array(archive, member, path)):
+                name = name if spelling.endswith("published") else _published(name)
+                if re.search(r"(^|/)gn\w+/(scale|bias)$", name) and array.shape[:-1] == (1, 1, 1):
+                    array = array.reshape(-1)
+                if name in ("pos_embedding", "Transformer/pos_embedding"):  # big_vision's, now and before 2022
+                    name, array = _POSITIONS, _with_class_row(array) if f"{prefix}cls" in members else array
+                if name in flat:
+                    raise CheckpointError(f"{path}: two arrays stand for {name!r}")
+                flat[name] = array
     for name in flat:
         above = name.split("/")[:-1]
         if inside := next((part for i in range(len(above)) if (part := "/".join(above[: i + 1])) in flat), None):
-            raise CheckpointError(f"{path}: {inside} is an array and has {name} below it")
+            raise CheckpointError(f"{path}: {inside!r} is an array and has {name!r} below it")
     return unflatten_dict(flat, sep="/")
 
 
@@ -151,13 +154,16 @@ def save_npz(
     reads. Each file is put in place whole by a rename: whatever was there before stays until then.
     """
     path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"weights are saved in a file whose name ends in .npz, got {path}")
+    text = None if meta is None else json.dumps(dict(meta), indent=2) + "\n"  # what fails here fails before anything is written
     flat = {}
     for name, leaf in flatten_dict(dict(params), sep="/").items():
         array = np.asarray(leaf).astype(dtype)
         flat[name] = array.reshape(1, 1, 1, -1) if re.search(r"(^|/)gn\w+/(scale|bias)$", name) else array
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def place(target: Path, write) -> None:
+    def place(target: Path, write: Callable[[Any], Any]) -> None:
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(scratch, "wb") as file:
@@ -168,12 +174,12 @@ def save_npz(
         finally:
             scratch.unlink(missing_ok=True)
 
-    beside = path.with_suffix(".json")
-    if meta is None:
-        beside.unlink(missing_ok=True)  # it would speak of the weights that were here before
+    beside, replaces = path.with_suffix(".json"), path.exists()
     place(path, lambda file: np.savez(file, **flat))  # type: ignore[arg-type]
-    if meta is not None:
-        place(beside, lambda file: file.write((json.dumps(dict(meta), indent=2) + "\n").encode()))
+    if text is not None:
+        place(beside, lambda file: file.write(text.encode()))
+    elif replaces:
+        beside.unlink(missing_ok=True)  # it speaks of the weights that were here before
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -35,6 +35,8 @@ def train(n: int, size: int, seed: int, start: int = 0, shard: tuple[int, int] =
       DataError: if there is nothing to draw from, or `k` does not divide `size`.
     """
     part = _part(n, size, shard)
+    if start < 0:
+        raise DataError(f"Batches from step {start}: expected a step from 0 on")
     return _stream(n, size, seed, start * size + shard[0] * part, part)
 
 

@@ -39,11 +39,6 @@ _CHUNK = 1 << 20  # bytes
 _BAR_INTERVAL = 0.5  # seconds between two states of a progress bar
 
 
-def ensure_prepared(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:
-    """Returns the folder of the task's data, downloaded and prepared first where it is not there; see `prepare`."""
-    return prepare(task, data_dir=data_dir)
-
-
 def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Makes the task's TFDS data; returns at once where it is there already.
 
@@ -182,8 +177,9 @@ def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
     for column, (label, (file, count)) in enumerate(archive.labels.items()):
         lines = members[file].decode("utf-8", "replace").splitlines()
         names[label] = [line.strip() for line in lines if line.strip()]
-        if len(names[label]) != count:
-            raise DataError(f"{path}: {file} has {len(names[label])} names, expected {count}; {_wanted(archive)}")
+        if len(names[label]) != count or len(set(names[label])) != count:
+            found = len(set(names[label]))
+            raise DataError(f"{path}: {file} has {found} different names, expected {count}; {_wanted(archive)}")
         for split, records in splits.items():
             if (wrong := records[:, column] >= count).any():
                 at = int(wrong.argmax())

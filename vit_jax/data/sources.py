@@ -51,6 +51,8 @@ class Source:
           DataError: if a record cannot be read or its picture has another shape.
         """
         index = np.asarray(index)
+        if index.ndim != 1 or index.dtype.kind not in "iu":
+            raise IndexError(f"Indices must be integers [n], got {index.dtype} {list(index.shape)}")
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"Index out of range for the {len(self)} examples of {self._where}")
         pictures = np.empty((len(index), *self.picture_shape), np.uint8)
@@ -107,7 +109,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
             f"{task.name} has no split {split!r}: expected one of {', '.join(info.splits)}, a slice of one such as "
             "'train[:98%]', within its bounds, or a sum of such"
         ) from error
-    if not examples:
+    if examples <= 0:
         raise DataError(f"Split {split!r} of {task.name} is empty: expected a slice with at least one example")
     label = info.features["label"]
     shape = info.features["image"].shape

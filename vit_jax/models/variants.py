@@ -1,18 +1,21 @@
 """The table of architectures, and the two ways to a model: by name, or from a tree of parameters."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.models.vit import VisionTransformer
 
-# hidden size, layers, heads, MLP width: table 1 of the ViT paper, section 3.2 of "How to train your ViT?"; Mini is ours.
+# Hidden size, layers, heads, MLP width: table 1 of the ViT paper and section 3.2 of "How to train your ViT?"; Nano and Mini are
+# ours.
 _SIZES = {
-    "Mini": (192, 6, 3, 768),
     "Nano": (128, 4, 4, 512),
+    "Mini": (192, 6, 3, 768),
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
     "B": (768, 12, 12, 3072),
@@ -35,10 +38,9 @@ def _row(size: str, patch_size: int, resnet: tuple[int, ...] | None = None) -> d
 
 # A hybrid's name counts pixels a token (its patch size is on the ResNet's output), but for R+Ti/16, whose stride is 32.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "Nano/8": _row("Nano", 8),
     "Mini/4": _row("Mini", 4),
     "Mini/8": _row("Mini", 8),
-    "Nano/4": _row("Nano", 4),
-    "Nano/8": _row("Nano", 8),
     "Ti/16": _row("Ti", 16),
     "S/16": _row("S", 16),
     "S/32": _row("S", 32),
@@ -74,7 +76,7 @@ def build(name: str, **fields: Any) -> VisionTransformer:
 
 def shapes(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> dict[str, Any]:
     """The model's parameter tree with a jax.ShapeDtypeStruct at every leaf; nothing is allocated."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
@@ -84,9 +86,11 @@ def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> 
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_size)))
 
 
-def _numbered(names: Mapping[str, Any], prefix: str, first: int, where: str) -> int:
+def _numbered(names: Any, prefix: str, first: int, where: str) -> int:
     """How many of `names` are prefix + number; they must count on from `first`."""
-    found = sorted(int(name[len(prefix) :]) for name in names if re.fullmatch(prefix + r"\d+", name))
+    if not isinstance(names, Mapping):
+        raise ValueError(f"{where.rstrip('/')} should hold modules")
+    found = sorted(int(name[len(prefix) :]) for name in names if re.fullmatch(prefix + r"\d{1,4}", name))
     for expected, number in enumerate(found, first):
         if number != expected:
             raise ValueError(f"{where}{prefix}{expected} is missing while there is {prefix}{number}")
@@ -106,19 +110,30 @@ def from_tree(params: Mapping[str, Any]) -> VisionTransformer:
             if not isinstance(node, Mapping) or name not in node:
                 raise ValueError(f"{path} is missing")
             node = node[name]
-        if len(getattr(node, "shape", ())) != rank:
-            raise ValueError(f"{path} should have {rank} axes, has shape {list(getattr(node, 'shape', []))}")
-        return node.shape
+        found = tuple(getattr(node, "shape", ()))
+        if len(found) != rank or 0 in found:
+            raise ValueError(f"{path} should have {rank} axes, none of them empty, has shape {list(found)}")
+        return found
 
     patch, width, _, hidden = shape("embedding/kernel", 4)
     if patch != width:
         raise ValueError(f"embedding/kernel makes patches of {patch}×{width} pixels, they must be square")
+    if "cls" not in params:
+        rows = shape("Transformer/posembed_input/pos_embedding", 3)[1]
+        if math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1:
+            raise ValueError(f"cls is missing while there are positions for it and {rows - 1} patches")
     num_layers = _numbered(params.get("Transformer", {}), "encoderblock_", 0, "Transformer/")
     if not num_layers:
         raise ValueError("Transformer/encoderblock_0 is missing")
+    block = "Transformer/encoderblock_0"
+    num_heads = shape(f"{block}/MultiHeadDotProductAttention_1/query/kernel", 3)[1]
+    if hidden % num_heads:
+        raise ValueError(f"{block}: {num_heads} heads do not divide {hidden} values")
     resnet, resnet_width = None, 64
     if "conv_root" in params:
         resnet_width = shape("conv_root/kernel", 4)[-1]
+        if resnet_width % 32:
+            raise ValueError(f"conv_root/kernel makes {resnet_width} channels, GroupNorm wants a multiple of 32")
         stages = _numbered(params, "block", 1, "")
         resnet = tuple(_numbered(params[f"block{i + 1}"], "unit", 1, f"block{i + 1}/") for i in range(stages))
     return VisionTransformer(
@@ -126,8 +141,8 @@ def from_tree(params: Mapping[str, Any]) -> VisionTransformer:
         patch_size=patch,
         hidden_size=hidden,
         num_layers=num_layers,
-        num_heads=shape("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", 3)[1],
-        mlp_dim=shape("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", 2)[1],
+        num_heads=num_heads,
+        mlp_dim=shape(f"{block}/MlpBlock_3/Dense_0/kernel", 2)[1],
         classifier="token" if "cls" in params else "gap",
         representation_size=shape("pre_logits/kernel", 2)[-1] if "pre_logits" in params else 0,
         resnet=resnet,

@@ -103,10 +103,10 @@ class VisionTransformer(nn.Module):
 
     Called with images float32 [B, H, W, 3], usually in [-1, 1], of a height and width that `stride` divides; returns
     float32 logits [B, num_classes], or the features [B, hidden_size] that a head would see where `num_classes` is 0.
-    With `train=True` it wants a "dropout" key.
+    With `train=True` and a dropout above 0 it wants a "dropout" key.
 
-    Parameters are float32; `dtype` is the computation's, in every layer. Softmax, the statistics of LayerNorm and the
-    head's result are float32 whatever it is.
+    Parameters are float32; `dtype` is the computation's, in every layer. Softmax and the statistics of LayerNorm are
+    computed in float32 whatever it is.
     """
 
     num_classes: int
@@ -132,6 +132,12 @@ class VisionTransformer(nn.Module):
     def __call__(self, images, train: bool = False):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"expected images [B, H, W, 3], got {list(images.shape)}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"expected images of floating point numbers, got {images.dtype}: vit_jax.preprocess scales pictures"
+            )
+        if self.classifier not in ("token", "gap"):
+            raise ValueError(f"classifier must be 'token' or 'gap', got {self.classifier!r}")
         if images.shape[1] % self.stride or images.shape[2] % self.stride:
             raise ValueError(
                 f"pictures of {images.shape[1]}×{images.shape[2]} pixels do not divide into patches of {self.stride}"

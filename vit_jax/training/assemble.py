@@ -15,7 +15,7 @@ from vit_jax.checkpoints.catalogue import find
 from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, ConfigError
-from vit_jax.data.prepare import ensure_prepared
+from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, task
 from vit_jax.models.variants import build
@@ -57,7 +57,9 @@ def _statistics(config: Config, row: Task) -> tuple[Any, Any] | None:
 
 def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTransformer, Any]:
     settings, size = config.model, config.data.image_size
-    fields = dict(dropout=settings.dropout, attention_dropout=settings.attention_dropout, dtype=jnp.dtype(settings.dtype))
+    fields: dict[str, Any] = dict(
+        dropout=settings.dropout, attention_dropout=settings.attention_dropout, dtype=jnp.dtype(settings.dtype)
+    )
     if settings.checkpoint:
         try:
             model, params = load(settings.checkpoint, None if own_head else num_classes, size, **fields)
@@ -82,7 +84,7 @@ def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTran
 def splits(config: Config) -> tuple[Source, Source]:
     """The training and the test split of a configuration's task, prepared first where they are not."""
     row = task(config.data.task)
-    ensure_prepared(row, config.data.data_dir)
+    prepare(row, data_dir=config.data.data_dir)
     return (
         open_split(row, config.data.train_split or row.train_split, config.data.data_dir),
         open_split(row, config.data.test_split or row.test_split, config.data.data_dir),

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The aspect ratios (width / height) that each source draws from.
 _TORCHVISION_ASPECT = (3 / 4, 4 / 3)
@@ -95,7 +96,7 @@ def flips(keys: jax.Array) -> jax.Array:
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+    return (size, size) if isinstance(size, int | np.integer) else size
 
 
 def _weights(start, extent, length: int, out: int) -> jax.Array:

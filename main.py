@@ -10,6 +10,7 @@ usage: python main.py --config FILE [--config.SECTION.FIELD=VALUE …] [--workdi
 
 import difflib
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     for name in ("eval_only", "dry_run", "help"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     known = configuration.fields(Config())
-    for argument in argv[1:]:
-        name = argument.partition("=")[0].lstrip("-").removeprefix("no").removeprefix("config.")
+    for override in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv[1:])):
+        name = override[1]
         if name == "run.expected":
             raise ConfigError("config.run.expected is set in a configuration file")
-        if ".".join(("config", name)) in argument.partition("=")[0] and name not in known:
+        if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
             raise ConfigError(f"there is no field config.{name}; the nearest: {near}\n{_fields(Config())}")
     # The file is read by the flag's own parser; what ml_collections adds is the typed overrides.
@@ -54,20 +55,23 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         raise ConfigError(f"stray argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
     if not (values["config"].present or values.help):
         raise ConfigError("name a configuration, as in python main.py --config configs/demo.py")
+    if values.dry_run and values.eval_only:
+        raise ConfigError("--dry_run and --eval_only exclude each other")
     return values.config, values
 
 
 def workdir_of(source: str) -> Path:
     """Where a configuration's run lives unless it is told otherwise."""
-    path, _, argument = source.partition(":")
+    path, argument = configuration.split(source)
     if path.endswith(".json"):
         return Path(path).parent
     return Path("runs", "-".join([Path(path).stem, *filter(None, argument.replace("/", "_").split(","))]))
 
 
-def report(config: Config, metrics: dict[str, float]) -> str:
-    """What a run came to, beside what its configuration says to expect."""
-    expected = dict(config.run.expected)
+def report(config: Config, metrics: dict[str, float], source: str) -> str:
+    """What a run came to, beside what its configuration file says to expect, unless it was told to do something else."""
+    changed = configuration.difference(config, configuration.read(source))
+    expected = dict(config.run.expected) if set(changed) <= {"model.checkpoint"} else {}
 
     def figure(name: str, value: float) -> str:
         return f"{value:.2%}" if "accuracy" in name else f"{value:.4g}"
@@ -87,24 +91,27 @@ def report(config: Config, metrics: dict[str, float]) -> str:
 
 def run(config: Config, values: flags.FlagValues) -> int:
     """Does what the flags ask for; returns the exit status. What users can mend ends in a sentence."""
+    import jax
+
     from vit_jax.checkpoints.google import CheckpointError
     from vit_jax.data.tasks import DataError
     from vit_jax.training import loop, preview
     from vit_jax.training.guard import TrainingError
 
     flag: Any = values["config"]
-    workdir = Path(values.workdir or workdir_of(flag.config_filename))
+    source = flag.config_filename
+    workdir = Path(values.workdir or workdir_of(source))
     try:
         if values.dry_run:
             print(preview.preview(config))
         elif values.eval_only:
-            print(report(config, loop.evaluate(config, workdir)))
+            print(report(config, loop.evaluate(config, workdir), source))
         else:
             result = loop.train(config, workdir)
             if not result.finished:
                 print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
                 return 130
-            print(report(config, result.metrics))
+            print(report(config, result.metrics, source))
             print(f"weights: {workdir / 'best.npz'} (best), {workdir / 'final.npz'} (last)")
     except (ConfigError, CheckpointError, DataError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -112,25 +119,36 @@ def run(config: Config, values: flags.FlagValues) -> int:
     except OSError as error:  # the machine's, not ours: a full disk, no permission
         print(f"error: {error.filename or workdir}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: the device has too little memory for this: raise training.accumulation, lower training.batch_size, "
+            "run.eval_batch_size or run.device_budget_mib, or take model.dtype=bfloat16; --dry_run tells what a step needs",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Reads the command line and does what it asks for; returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for library in ("absl", "asyncio"):  # Orbax logs the traceback of what it then raises; one sentence is enough
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         config, values = parse(argv)
         if values.help:
             print(f"{__doc__}\n{_fields(config)}")
             return 0
         configuration.check(config)
+        return run(config, values)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(config, values)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
 from vit_jax.config import to_json
@@ -33,13 +34,14 @@ def demo():
         (["--config.training.steps=ten"], "config.training.steps=ten"),
         (["--config.augment.flip=maybe"], "config.augment.flip=maybe"),
         (["--config.model.checkpoint"], "config.model.checkpoint"),
-        (["--config.augment.crop_area=0.3"], "augment.crop_area must be a tuple[float, float], got (0.3,)"),
-        (["--config.augment.crop_area=(0.1,0.9,0.4)"], "augment.crop_area must be a tuple[float, float]"),
-        (["--config.augment.crop_area=('a','b')"], "augment.crop_area must be a tuple[float, float]"),
+        (["--config.augment.crop_area=0.3"], "augment.crop_area must be of type tuple[float, float], got (0.3,)"),
+        (["--config.augment.crop_area=(0.1,0.9,0.4)"], "augment.crop_area must be of type tuple[float, float]"),
+        (["--config.augment.crop_area=('a','b')"], "augment.crop_area must be of type tuple[float, float]"),
         (["--config.run.expected=3"], "config.run.expected is set in a configuration file"),
         (["--config.optimizer=sgd"], "there is no field config.optimizer"),
         (["--config.optimizer.warmup_steps=100"], "optimizer.warmup_steps = 100 must be shorter than the run"),
         (["--wordir=x"], "Unknown command line flag 'wordir'"),
+        (["--dry_run", "--eval_only"], "--dry_run and --eval_only exclude each other"),
     ],
 )
 def test_a_wrong_command_line(main, demo, capsys, arguments, said):
@@ -105,7 +107,7 @@ def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, caps
 
     def train(config, workdir):
         seen.append((config, workdir))
-        return loop.Result({"step": 3, "test/accuracy": 0.5, "test/loss": 1.25, "best/step": 2, "best/accuracy": 0.625}, {})
+        return loop.Result({"step": 100, "test/accuracy": 0.5, "test/loss": 1.25, "best/step": 2, "best/accuracy": 0.625}, {})
 
     monkeypatch.setattr(loop, "train", train)
     assert main.main(["main.py", "--config", str(tmp_path / "config.json")]) == 0
@@ -115,11 +117,29 @@ def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, caps
     assert "random weights" in text and str(tmp_path / "best.npz") in text
 
 
+def test_what_a_file_expects_is_not_said_of_another_run(main, demo):
+    config, _ = main.parse([*demo, "--config.seed=5"])
+    metrics = {"step": 100, "test/accuracy": 0.5, "test/loss": 1.0}
+    assert "expected" not in main.report(config, metrics, demo[-1])
+    config, _ = main.parse([*demo, "--config.model.checkpoint=mini_8.npz", "--config.run.parallel=pmap"])
+    assert "expected" in main.report(config, metrics, demo[-1])
+
+
+def test_paths_that_look_like_overrides(main, demo, tmp_path, monkeypatch, capsys):
+    config, _ = main.parse(demo)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "at 12:30.json").write_text(to_json(config))
+    assert main.parse(["main.py", "--config", "config.json", "--workdir", "config.old"])[0] == config
+    assert main.parse(["main.py", "--config", "at 12:30.json"])[0] == config
+
+
 @pytest.mark.parametrize(
     ("error", "said", "status"),
     [
         (OSError(28, "No space left on device", "metrics.jsonl"), "error: metrics.jsonl: No space left on device", 1),
         (KeyboardInterrupt(), "interrupted", 130),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), "too little memory for this: raise training.acc", 1),
     ],
 )
 def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, capsys, error, said, status):

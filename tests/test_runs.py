@@ -45,7 +45,7 @@ def test_vit_b16_fine_tunes_on_cifar100_at_224_pixels(prepared_cifar100, tmp_pat
     np.savez(tmp_path / "ViT-B_16.npz", **flat)
     last = run(
         *("--config", "configs/cifar100_b16.py", f"--config.model.checkpoint={tmp_path / 'ViT-B_16.npz'}"),
-        *(f"--config.data.data_dir={prepared_cifar100}", "--config.data.test_split=test[:64]"),
+        *(f"--config.run.data_dir={prepared_cifar100}", "--config.data.test_split=test[:64]"),
         *("--config.training.steps=3", "--config.training.batch_size=4", "--config.optimizer.warmup_steps=1"),
         workdir=tmp_path / "run",
     )

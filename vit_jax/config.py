@@ -7,6 +7,7 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 
 import dataclasses
 import json
+import math
 import runpy
 import types
 import typing
@@ -34,12 +35,10 @@ class Data:
     """What it is trained and tested on."""
 
     task: str = "cifar100"  # a row of vit_jax.data.tasks.TASKS
-    data_dir: str = ""  # where TFDS keeps prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     train_split: str = ""  # in TFDS's language, such as "train[:98%]"; "": the task's own
     test_split: str = ""
     image_size: int = 224  # pixels, height and width of what the model sees
     normalization: str = "google"  # "google": to [-1, 1]; "dataset": by the task's channel means and deviations
-    device_budget_mib: int = 4096  # a split of at most this size lives on every device as uint8; a larger one is streamed
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,14 +73,16 @@ class Training:
     batch_size: int = 64  # pictures an update, over all devices
     accumulation: int = 1  # slices a batch is computed in, one after the other
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
-    eval_batch_size: int = 256  # rounded up to what the devices share evenly
     save_every: int = 100  # steps between saved states; the last step is always saved
 
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """What does not change the numbers."""
+    """What does not change the numbers; a run may go on under another."""
 
+    data_dir: str = ""  # where TFDS keeps prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    device_budget_mib: int = 4096  # a split of at most this size lives on every device as uint8; a larger one is streamed
+    eval_batch_size: int = 256  # rounded up to what the devices share evenly
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
@@ -115,10 +116,10 @@ _POSITIVE = (
     "training.batch_size",
     "training.accumulation",
     "training.eval_every",
-    "training.eval_batch_size",
+    "run.eval_batch_size",
     "training.save_every",
 )
-_NOT_NEGATIVE = ("data.device_budget_mib", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "seed")
+_NOT_NEGATIVE = ("run.device_budget_mib", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "seed")
 _FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
 
 
@@ -141,7 +142,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is dict:
         return isinstance(value, dict) and all(isinstance(k, str) and _is_a(v, float) for k, v in value.items())
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
@@ -154,7 +155,7 @@ def check(config: Config) -> None:
     for name, (value, kind) in fields(config).items():
         if not _is_a(value, kind):
             shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
-            raise ConfigError(f"{name} must be a {shown}, got {value!r}")
+            raise ConfigError(f"{name} must be of type {shown}, got {value!r}")
         values[name] = value
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
@@ -228,17 +229,25 @@ def from_json(text: str, source: str) -> Config:
     return build(Config, values, "")
 
 
+def split(source: str) -> tuple[str, str]:
+    """The file and the argument of "configs/augreg.py:R+Ti/16,pets"; the argument is "" where there is none."""
+    if Path(source).is_file():
+        return source, ""
+    path, _, argument = source.partition(":")
+    return path, argument
+
+
 def read(source: str) -> Config:
     """The configuration of a file: a run's config.json, or a Python file whose get_config() returns a Config.
 
     What follows a colon is handed to get_config: "configs/augreg.py:R+Ti/16,pets".
     """
-    path, _, argument = source.partition(":")
+    path, argument = split(source)
     if not Path(path).is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise ConfigError(f"there is no configuration file {path}" + (f"; there are {known}" if known else ""))
     if path.endswith(".json"):
-        return from_json(Path(path).read_text(), path)
+        return from_json(Path(path).read_text(errors="replace"), path)
     try:
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()

@@ -29,7 +29,7 @@ def config(tiny_checkpoint):
     config.data.image_size = 16
     config.optimizer.warmup_steps = 2
     config.training.steps, config.training.batch_size = 12, 16
-    config.training.eval_every, config.training.eval_batch_size, config.training.save_every = 4, 16, 5
+    config.training.eval_every, config.run.eval_batch_size, config.training.save_every = 4, 16, 5
     return config
 
 

@@ -86,3 +86,27 @@ def test_killed_while_a_state_is_being_saved(config, tmp_path):
     assert not list(killed.glob("checkpoints/*orbax-checkpoint-tmp*"))
     with np.load(whole / "final.npz") as expected, np.load(killed / "final.npz") as found:
         assert all(expected[name].tobytes() == found[name].tobytes() for name in expected.files)
+
+
+FULL = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit := int(sys.argv.pop(1)), limit))
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [200, 4_000, 10_000])
+def test_a_disk_that_fills_up_ends_the_run_in_a_sentence(config, tmp_path, limit):
+    """Files cannot grow beyond a limit, which is what a full disk does: configuration, journal or a state hits it first."""
+    config.training.steps, config.training.save_every = 60, 20
+    source = tmp_path / "config.json"
+    source.write_text(to_json(config))
+    command = [sys.executable, "-c", FULL, str(limit), "--config", str(source), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
+    finish(start(source, tmp_path / "run"))  # with space again, the same command goes on
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 61))

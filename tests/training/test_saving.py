@@ -103,9 +103,13 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, c
     else:
         record = newest / "record" / "metadata"
         record.write_text(record.read_text()[:-9])
+    with Saver(tmp_path, {}, read_only=True) as saver:  # a reader leaves all as it is
+        assert same(saver.restore(ABSTRACT), state_at(2))
+        assert newest.exists()
     state, _ = restored(tmp_path)
     assert same(state, state_at(2))
     assert "the state of step 3 is damaged" in caplog.text
+    assert list((tmp_path / "checkpoints").glob("damaged-3-*"))  # set aside, not thrown away
     saved(tmp_path, steps=(3,))  # the step is free to be saved again
     assert same(restored(tmp_path)[0], state_at(3))
 
@@ -185,6 +189,35 @@ def test_a_folder_of_something_else(tmp_path):
         saving.check(tmp_path, Config())
     with pytest.raises(ConfigError, match="holds something else than a run"):
         saving.check(tmp_path / "thesis.tex", Config())
+
+
+def test_a_start_that_was_cut_off_at_once_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.tmp").touch()
+    with saving.claim(tmp_path, Config()):
+        assert (tmp_path / "config.json").exists()
+
+
+def test_what_the_machine_refuses_is_no_damage(tmp_path, monkeypatch):
+    saved(tmp_path)
+
+    def refuses(*args):
+        raise PermissionError(13, "Permission denied")
+
+    with Saver(tmp_path, {}) as saver, monkeypatch.context() as patch:
+        patch.setattr(saver, "_read", refuses)
+        with pytest.raises(PermissionError):
+            saver.restore(ABSTRACT)
+    assert same(restored(tmp_path)[0], state_at(3))
+
+
+def test_a_reader_leaves_an_unfinished_save_alone(tmp_path):
+    saved(tmp_path)
+    unfinished = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "3", unfinished)
+    with Saver(tmp_path, {}, read_only=True) as saver:
+        assert same(saver.restore(ABSTRACT), state_at(3))
+    assert unfinished.exists()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -36,11 +36,22 @@ class Parts:
     params: Any  # the parameters to start from
     optimizer: optax.GradientTransformation
     rates: np.ndarray  # float32 [steps], the learning rate of each update
-    train_feed: Feed
-    test_feed: Feed
+    layout: Layout
+    sources: tuple[Source, Source]  # of training and test
+    budget: int  # bytes of a split that lives on the devices
     step: Any  # (state, batch, data) → (state, metrics), compiled
     predict: Any  # (params, batch, data) → logits, compiled
     meta: dict[str, Any]  # what the JSON beside the run's weights says of them
+
+    @functools.cached_property
+    def train_feed(self) -> Feed:
+        """The training split; read when first asked for."""
+        return Feed(self.sources[0], self.layout, self.budget)
+
+    @functools.cached_property
+    def test_feed(self) -> Feed:
+        """The test split."""
+        return Feed(self.sources[1], self.layout, self.budget)
 
     def state(self) -> TrainState:
         """The state before the first update, on the host's default device."""
@@ -84,10 +95,10 @@ def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTran
 def splits(config: Config) -> tuple[Source, Source]:
     """The training and the test split of a configuration's task, prepared first where they are not."""
     row = task(config.data.task)
-    prepare(row, data_dir=config.data.data_dir)
+    prepare(row, data_dir=config.run.data_dir)
     return (
-        open_split(row, config.data.train_split or row.train_split, config.data.data_dir),
-        open_split(row, config.data.test_split or row.test_split, config.data.data_dir),
+        open_split(row, config.data.train_split or row.train_split, config.run.data_dir),
+        open_split(row, config.data.test_split or row.test_split, config.run.data_dir),
     )
 
 
@@ -115,11 +126,9 @@ def assemble(config: Config, layout: Layout, own_head: bool = False) -> Parts:
 
     The model begins with a fresh head, or with the checkpoint's where `own_head`.
     """
-    layout.check(config.training.batch_size, config.training.accumulation)
-    row, (train_source, test_source) = task(config.data.task), splits(config)
-    model, params = _model(config, train_source.num_classes, own_head)
+    row, sources = task(config.data.task), splits(config)
+    model, params = _model(config, row.num_classes, own_head)
     statistics, size = _statistics(config, row), config.data.image_size
-    budget = config.data.device_budget_mib * 2**20
     optimizer = optimizers.build(config.optimizer, config.training.steps)
     rate = optimizers.schedule(config.optimizer, config.training.steps)
     forward = loss_of(model, for_training(config.augment, size, statistics), config.seed)
@@ -128,9 +137,10 @@ def assemble(config: Config, layout: Layout, own_head: bool = False) -> Parts:
         params=params,
         optimizer=optimizer,
         rates=np.asarray(jax.vmap(rate)(jnp.arange(config.training.steps))),
-        train_feed=Feed(train_source, layout, budget),
-        test_feed=Feed(test_source, layout, budget),
+        layout=layout,
+        sources=sources,
+        budget=config.run.device_budget_mib * 2**20,
         step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=config.seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(size, statistics))),
-        meta=describe(config, train_source.class_names),
+        meta=describe(config, sources[0].class_names),
     )

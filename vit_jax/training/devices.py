@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,7 @@ def start(run: Run) -> Layout:
     if jax.default_backend() == "cpu" and _has_nvidia_driver() and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.getLogger("vit_jax").warning(
             "\n*** This machine has an NVIDIA driver, but JAX runs on the CPU and will be many times slower. ***\n"
-            '*** Install the GPU build:  pip install -U "jax[cuda12]"   (or "jax[cuda13]" with a CUDA 13 driver) ***\n'
+            f'*** Mend it with:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'
+            "*** (jax[cuda13] where the driver speaks CUDA 13) ***\n"
         )
     return Layout(run.parallel)

@@ -10,25 +10,27 @@ import numpy as np
 from vit_jax.training.feed import Feed
 
 
-def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size: int) -> np.ndarray:
-    """Logits float32 [N, classes] of a whole split in its order. `predict` is Layout.evaluate of step.logits_of.
+def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits float32 [N, classes] and labels int32 [N] of a whole split in its order.
 
-    A batch's result is read when two more are on their way: the device never waits for the host, nor piles up input.
+    `predict` is Layout.evaluate of step.logits_of. A batch's result is read when two more are on their way: the device never
+    waits for the host, nor piles up input.
     """
     size = feed.layout.round_up(min(batch_size, len(feed)))
-    pending: deque[tuple[jax.Array, np.ndarray]] = deque()
-    results = []
+    pending: deque[tuple[jax.Array, np.ndarray, np.ndarray]] = deque()
+    results, labels = [], []
 
     def read(keep: int) -> None:
         while len(pending) > keep:
-            logits, mask = pending.popleft()
+            logits, label, mask = pending.popleft()
             results.append(jax.device_get(logits)[mask])
+            labels.append(label[mask])
 
-    for batch, mask in feed.evaluation(size):
-        pending.append((predict(params, batch, feed.data), mask))
+    for batch, label, mask in feed.evaluation(size):
+        pending.append((predict(params, batch, feed.data), label, mask))
         read(keep=2)
     read(keep=0)
-    return np.concatenate(results)
+    return np.concatenate(results), np.concatenate(labels)
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

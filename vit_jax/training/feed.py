@@ -1,6 +1,5 @@
 """From a data set on the host to batches on the devices."""
 
-import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,18 +30,11 @@ class Feed:
     def __init__(self, source: Source, layout: Layout, budget: int):
         self.source, self.layout, self.data = source, layout, None
         if source.nbytes <= budget:
-            images, labels = source.take(np.arange(len(source)))
-            self.data = layout.put({"images": images, "labels": labels})
+            images, self._labels = source.take(np.arange(len(source)))
+            self.data = layout.put({"images": images, "labels": self._labels})
 
     def __len__(self) -> int:
         return len(self.source)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """int32 [N]."""
-        if self.data is None:
-            return self.source.take(np.arange(len(self)))[1]
-        return np.asarray(jax.device_get(self.data["labels"]))
 
     def train(self, size: int, slices: int, seed: int, start: int) -> Iterator[dict[str, jax.Array]]:
         """Endless batches of `size` from step `start` on, leaves [slices, size / slices, …]."""
@@ -51,22 +43,26 @@ class Feed:
             return leaf.reshape(slices, size // slices, *leaf.shape[1:])
 
         place = np.arange(size, dtype=np.int32)
-        for batch, _ in self._batches((index, None) for index in batches.train(len(self), size, seed, start)):
+        for batch, _, _ in self._batches((index, None) for index in batches.train(len(self), size, seed, start)):
             yield self.layout.put_batch(jax.tree.map(shaped, batch | {"place": place}), axis=1)
 
-    def evaluation(self, size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-        """Every picture once, in order: batches of `size` and their masks, bool [size], False for the padding."""
-        for batch, mask in self._batches(batches.evaluation(len(self), size)):
-            yield self.layout.put_batch(batch), mask
+    def evaluation(self, size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray, np.ndarray]]:
+        """Every picture once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
 
-    def _batches(self, indices: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+        The mask is False for the padding of the last batch.
+        """
+        for batch, labels, mask in self._batches(batches.evaluation(len(self), size)):
+            yield self.layout.put_batch(batch), labels, mask
+
+    def _batches(self, indices: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, Any]]:
+        """What a batch holds, its labels, and what came with its indices."""
         if self.data is not None:
-            yield from (({"index": index}, other) for index, other in indices)
+            yield from (({"index": index}, self._labels[index], other) for index, other in indices)
             return
 
         def read(item):
             images, labels = self.source.take(item[0])
-            return {"images": images, "labels": labels}, item[1]
+            return {"images": images, "labels": labels}, labels, item[1]
 
         with ThreadPoolExecutor(1, "feed") as pool:
             ahead = pool.submit(read, next(indices))

@@ -32,10 +32,11 @@ class Guard:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @staticmethod
-    def check(step: int, loss: float) -> None:
-        """TrainingError where the loss of a step is not finite."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step} is {loss}: training has diverged. Lower optimizer.learning_rate, lengthen "
-                "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory"
-            )
+    def check(step: int, metrics: dict[str, float]) -> None:
+        """TrainingError where a metric of a step is not finite."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} of step {step} is {value}: training has diverged. Lower optimizer.learning_rate, lengthen "
+                    "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory"
+                )

@@ -1,23 +1,33 @@
 """What a run says while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
 
+import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
 FILE = "metrics.jsonl"
 
+# What the bar shows: metric → format, name.
+_SHOWN = {
+    "train/loss": ("{:.3f}", "loss"),
+    "train/learning_rate": ("{:.2g}", "lr"),
+    "train/images_per_second": ("{:.0f}", "img/s"),
+    "test/accuracy": ("{:.2%}", "test"),
+}
+
 
 def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl in order, up to step `until`; a line that a kill cut short is left out."""
+    """The lines of a run's metrics.jsonl in order, up to step `until`; what is no line of metrics is left out."""
     path, lines = workdir / FILE, []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # a kill cuts the last line short
             continue
-        if until is None or line["step"] <= until:
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and (until is None or line["step"] <= until):
             lines.append(line)
     return lines
 
@@ -26,15 +36,21 @@ class Journal:
     """Writes one line a step. Opened at step `start`, it drops what an earlier start wrote past that step."""
 
     def __init__(self, workdir: Path, start: int, steps: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
         from tqdm import tqdm
 
         kept, path = read(workdir, start), workdir / FILE
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(scratch, path)
-        self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._closing = contextlib.ExitStack()
+        self._file = self._closing.enter_context(path.open("a"))
+        # Not SummaryWriter: its thread dies of a full disk, and who writes then waits for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
+        self._closing.callback(self._board.close)
+        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops what came from there on
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -44,19 +60,28 @@ class Journal:
             mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs fewer lines
             smoothing=0.05,
         )
+        self._closing.callback(self._bar.close)
         self._shown: dict[str, str] = {}
+
+    def _event(self, step: int, **content: object) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One step's line, {"step": …} and `metrics`; the bar moves to that step."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._shown |= {name: _SHORT[name][0].format(value) for name, value in metrics.items() if name in _SHORT}
-        self._bar.set_postfix({_SHORT[n][1]: self._shown[n] for n in _SHORT if n in self._shown}, refresh=False)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._event(step, summary=Summary(value=values))
+        self._shown |= {name: _SHOWN[name][0].format(value) for name, value in metrics.items() if name in _SHOWN}
+        self._bar.set_postfix({_SHOWN[n][1]: self._shown[n] for n in _SHOWN if n in self._shown}, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
         """Makes every line written so far durable."""
+        self._board.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -68,15 +93,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
-        self.flush()
-        self._file.close()
-        self._board.close()
-
-
-_SHORT = {
-    "train/loss": ("{:.3f}", "loss"),
-    "train/learning_rate": ("{:.2g}", "lr"),
-    "train/images_per_second": ("{:.0f}", "img/s"),
-    "test/accuracy": ("{:.2%}", "test"),
-}
+        try:
+            self._closing.close()
+        except OSError:  # a full disk, most of the time; what made us leave says more
+            if error is None:
+                raise

@@ -27,8 +27,11 @@ class Result:
 
 def _write_predictions(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
     scratch = path.with_suffix(".tmp.npz")
-    np.savez(scratch, logits=logits, labels=labels)
-    os.replace(scratch, path)
+    try:
+        np.savez(scratch, logits=logits, labels=labels)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def train(config: Config, workdir: str | os.PathLike) -> Result:
@@ -41,6 +44,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     check(config)
     workdir, settings = Path(workdir), config.training
     layout = devices.start(config.run)
+    layout.check(settings.batch_size, settings.accumulation)
     saving.check(workdir, config)
     parts = assemble(config, layout)  # before anything is written: a folder is claimed for what can run
     with saving.claim(workdir, config), Guard() as guard, saving.Saver(workdir, parts.meta) as saver:
@@ -56,10 +60,21 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
             def read(step: int, found: dict[str, jax.Array]) -> dict[str, float]:
                 nonlocal began
                 values = {f"train/{name}": float(value) for name, value in jax.device_get(found).items()}
-                guard.check(step, values["train/loss"])
+                guard.check(step, values)
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                rates = {"learning_rate": float(parts.rates[step - 1]), "images_per_second": settings.batch_size / seconds}
-                return values | {f"train/{name}": value for name, value in rates.items()}
+                values["train/learning_rate"] = float(parts.rates[step - 1])
+                if step > start + 1:  # the first step's time is the compiler's
+                    values["train/images_per_second"] = settings.batch_size / seconds
+                return values
+
+            def evaluated() -> dict[str, float]:
+                """Test metrics of the state, whose predictions are kept at the last step."""
+                logits, labels = predictions(parts.predict, state.params, parts.test_feed, config.run.eval_batch_size)
+                found = {f"test/{name}": value for name, value in metrics(logits, labels).items()}
+                guard.check(step, found)
+                if step == settings.steps:
+                    _write_predictions(workdir / "predictions.npz", logits, labels)
+                return found
 
             for step in range(start + 1, settings.steps + 1):
                 state, current = parts.step(state, next(batches), parts.train_feed.data)
@@ -67,55 +82,53 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                     log.write(step - 1, read(step - 1, pending))
                 pending, last = current, step == settings.steps
                 evaluates = last or step % settings.eval_every == 0
-                saves = last or step % settings.save_every == 0 or guard.stop
-                if not (evaluates or saves):
+                saves = last or step % settings.save_every == 0
+                if not (evaluates or saves or guard.stop):
                     continue
                 line, pending = read(step, pending), None
                 if evaluates:
-                    logits = predictions(parts.predict, state.params, parts.test_feed, settings.eval_batch_size)
-                    found = metrics(logits, parts.test_feed.labels)
-                    line |= {f"test/{name}": value for name, value in found.items()}
-                    saver.keep(step, found["accuracy"], state.params)
+                    line |= evaluated()
+                    saver.keep(step, line["test/accuracy"], state.params)
                 log.write(step, line)
-                if last:
-                    _write_predictions(workdir / "predictions.npz", logits, parts.test_feed.labels)
-                if saves:
+                stop = guard.stop  # once, so that what is left is what was saved
+                if saves or stop:
                     log.flush()
                     saver.save(layout.gather(state))
-                if guard.stop:
+                if stop:
                     break
                 began = time.perf_counter()
 
-        lines = [line for line in journal.read(workdir) if "test/accuracy" in line]
-        found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
+            lines = [line for line in journal.read(workdir) if "test/accuracy" in line]
+            found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
+            finished = step == settings.steps
+            if finished and (found.get("step") != step or not (workdir / "predictions.npz").exists()):
+                found = {"step": step, **evaluated()}  # somebody has taken away what the last start left
         if saver.best is not None:
             found |= {f"best/{name}": value for name, value in saver.best.items()}
         state = layout.gather(state)
-        if step == settings.steps:
-            saver.export(state, found.get("test/accuracy"))
-        return Result(found, state.params, step == settings.steps)
+        if finished and (step > start or not (workdir / "final.npz").exists()):
+            saver.export(state, found["test/accuracy"])
+        return Result(found, state.params, finished)
 
 
 def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     """Test metrics of the newest state in a run's folder or, where there is none, of the configuration's checkpoint.
 
-    Names as in metrics.jsonl, with "step" (0 for a checkpoint). Raises as `train`, and ConfigError where there is neither.
+    Names as in metrics.jsonl, with "step" (0 for a checkpoint). Changes nothing in the folder, and may run beside a training
+    there. Raises as `train`, and ConfigError where there is neither state nor checkpoint.
     """
     check(config)
-    workdir = Path(workdir)
-    has_state = (workdir / "checkpoints").is_dir()
-    if not has_state and not config.model.checkpoint:
-        raise ConfigError(f"there is nothing to evaluate: no state in {workdir}, and model.checkpoint is not set")
-    if has_state:
+    workdir, layout = Path(workdir), devices.start(config.run)
+    state, parts = None, None
+    if (workdir / "checkpoints").is_dir():
         saving.check(workdir, config)
-    parts = assemble(config, devices.start(config.run), own_head=not has_state)
-    step, params = 0, parts.params
-    if has_state:
-        with saving.Saver(workdir, parts.meta) as saver:
+        parts = assemble(config, layout)
+        with saving.Saver(workdir, parts.meta, read_only=True) as saver:
             state = saver.restore(parts.abstract())
-        if state is None:
-            raise ConfigError(f"{workdir} holds no saved state yet")
-        step, params = int(state.step), state.params
-    params = parts.test_feed.layout.put(params)
-    logits = predictions(parts.predict, params, parts.test_feed, config.training.eval_batch_size)
-    return {"step": step} | {f"test/{name}": value for name, value in metrics(logits, parts.test_feed.labels).items()}
+    if state is None and not config.model.checkpoint:
+        raise ConfigError(f"there is nothing to evaluate: no state in {workdir}, and model.checkpoint is not set")
+    if state is None or parts is None:
+        parts = assemble(config, layout, own_head=True)
+    step, params = (0, parts.params) if state is None else (int(state.step), state.params)
+    logits, labels = predictions(parts.predict, layout.put(params), parts.test_feed, config.run.eval_batch_size)
+    return {"step": step} | {f"test/{name}": value for name, value in metrics(logits, labels).items()}

@@ -10,9 +10,13 @@ from vit_jax.training.assemble import assemble
 
 
 def preview(config: Config) -> str:
-    """A text for people. Loads the model and the data and computes three steps and one evaluation batch; writes nothing."""
+    """A text for people. Loads the model, prepares the data where they are not, computes three steps and an evaluation batch.
+
+    Touches no working directory. The memory is the training step's; the test split and the best parameters come on top.
+    """
     check(config)
     layout, settings = devices.start(config.run), config.training
+    layout.check(settings.batch_size, settings.accumulation)
     parts = assemble(config, layout)
     model, size = parts.model, config.data.image_size
     state = layout.put(parts.state())
@@ -29,16 +33,15 @@ def preview(config: Config) -> str:
     jax.block_until_ready(state)
     times = []
     for _ in range(2):
-        batch = next(batches)
-        began = time.perf_counter()
-        state, metrics = parts.step(state, batch, data)
-        jax.block_until_ready(metrics)
+        batch, began = next(batches), time.perf_counter()
+        state, measured = parts.step(state, batch, data)
+        jax.block_until_ready(measured)
         times.append(time.perf_counter() - began)
     step = min(times)
 
     evaluations = -(-settings.steps // settings.eval_every)
-    eval_size = layout.round_up(min(settings.eval_batch_size, len(parts.test_feed)))
-    eval_batch, _ = next(iter(parts.test_feed.evaluation(eval_size)))
+    eval_size = layout.round_up(min(config.run.eval_batch_size, len(parts.test_feed)))
+    eval_batch, _, _ = next(iter(parts.test_feed.evaluation(eval_size)))
     seconds(lambda: parts.predict(state.params, eval_batch, parts.test_feed.data))
     one = seconds(lambda: parts.predict(state.params, eval_batch, parts.test_feed.data))
     evaluation = one * -(-len(parts.test_feed) // eval_size)

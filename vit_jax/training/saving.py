@@ -7,10 +7,9 @@ the newest state refers to a best that is not there. Every leaf carries a SHA-25
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +31,14 @@ def check(workdir: Path, config: Config) -> None:
     """ConfigError where a folder is not this configuration's: they may differ in `run` alone, and the fields are named."""
     path = workdir / "config.json"
     if path.exists():
-        there = from_json(path.read_text(), str(path))
+        there = from_json(path.read_text(errors="replace"), str(path))
         if names := difference(config, there):
             raise ConfigError(
                 f"{workdir} holds a run of another configuration; these fields differ: {', '.join(names)}. "
                 "Name another --workdir, or set the fields back"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    # A start that was cut off at once has left these two.
+    elif workdir.exists() and (not workdir.is_dir() or {p.name for p in workdir.iterdir()} - {".lock", "config.tmp"}):
         raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
 
 
@@ -77,37 +77,43 @@ class Saver:
     `meta` is what the JSON beside an npz says of it.
     """
 
-    def __init__(self, workdir: Path, meta: dict[str, Any]):
+    def __init__(self, workdir: Path, meta: dict[str, Any], read_only: bool = False):
         import orbax.checkpoint as ocp
 
-        self._ocp, self._workdir, self._meta = ocp, workdir, meta
+        self._ocp, self._workdir, self._meta, self._read_only = ocp, workdir, meta, read_only
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
+        self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
         self._best_params: Any = None
         self._manager = self._open()
 
     def _open(self) -> Any:
-        options = self._ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        return self._ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "best", "record"), item_handlers=None
+        # A reader beside a running training must not clean up what that one is about to finish.
+        options = self._ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=not self._read_only, read_only=self._read_only, create=not self._read_only
         )
+        return self._ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, on the host, of the structure, shapes and types of `abstract`; None if there is none.
 
-        A damaged state is dropped for the one before it, and that is said. TrainingError where all are damaged.
+        A damaged state is set aside for the one before it, and that is said. TrainingError where all are damaged; what the
+        machine refuses (permission, too many open files) is raised as the OSError it is.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
             try:
                 state = self._read(step, abstract)
             except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 _log.warning("the state of step %d is damaged (%s)", step, reason[0][:200])
                 continue
-            for damaged in steps[:number]:  # out of the way, for Orbax saves no step that it already has
+            if number and not self._read_only:
                 self._manager.close()
-                shutil.rmtree(self._folder / str(damaged), ignore_errors=True)
+                for damaged in steps[:number]:  # out of the way, for Orbax saves no step that it already has
+                    os.replace(self._folder / str(damaged), self._folder / f"damaged-{damaged}-{time.time_ns()}")
                 self._manager = self._open()
             return state
         if steps:
@@ -150,9 +156,10 @@ class Saver:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if self.best is not None:
+            self._best_params = jax.device_get(self._best_params)
         items = {"state": _flat(state)}
         if self.best is not None and self.best["step"] != step:
-            self._best_params = jax.device_get(self._best_params)
             items["best"] = _flat(self._best_params)
         digests = {item: {name: _digest(leaf) for name, leaf in flat.items()} for item, flat in items.items()}
         args = self._ocp.args
@@ -172,12 +179,11 @@ class Saver:
         )
 
     def _write_best(self) -> None:
-        path = self._workdir / "best.npz"
-        written = (self._workdir / "best.json").exists() and json.loads((self._workdir / "best.json").read_text()).get("step")
-        if self.best is not None and (written != self.best["step"] or not path.exists()):
-            save_npz(path, self._best_params, {**self._meta, **self.best})
+        if self.best is not None and self._written != self.best["step"]:
+            save_npz(self._workdir / "best.npz", self._best_params, {**self._meta, **self.best})
+            self._written = self.best["step"]
 
-    def export(self, state: TrainState, accuracy: float | None) -> None:
+    def export(self, state: TrainState, accuracy: float) -> None:
         """Writes best.npz and final.npz once every state is durable; what fails is raised as TrainingError."""
         self.wait()
         try:

@@ -26,11 +26,11 @@ def run(*arguments: str, workdir: Path) -> dict[str, float]:
 
 
 def test_the_demo_gains_from_its_pre_training(tmp_path):
-    """A quarter of configs/demo.py; the whole of it reaches what its `run.expected` says."""
-    quarter = ("--config", "configs/demo.py", "--config.training.steps=25", "--config.optimizer.warmup_steps=3")
-    pretrained = run(*quarter, workdir=tmp_path / "pretrained")
-    random = run(*quarter, "--config.model.checkpoint=", "--config.model.variant=Mini/8", workdir=tmp_path / "random")
-    assert pretrained["test/accuracy"] > 0.65
+    """The beginning of configs/demo.py; the whole of it reaches what its `run.expected` says."""
+    short = ("--config", "configs/demo.py", "--config.training.steps=16", "--config.optimizer.warmup_steps=2")
+    pretrained = run(*short, workdir=tmp_path / "pretrained")
+    random = run(*short, "--config.model.checkpoint=", "--config.model.variant=Mini/8", workdir=tmp_path / "random")
+    assert pretrained["test/accuracy"] > 0.5
     assert pretrained["test/accuracy"] > random["test/accuracy"] + 0.2
 
 

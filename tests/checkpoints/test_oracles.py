@@ -76,4 +76,4 @@ def test_the_exact_gelu_is_told_apart(shared, monkeypatch):
     model, params = load(folder / "ckpt.npz")
     monkeypatch.setattr(nn, "gelu", lambda x, approximate: jax.nn.gelu(x, approximate=False))
     logits = model.apply({"params": params}, preprocess(io["images_u8_64"], 64))
-    assert difference(logits, io["up_logits"]) > 2 * TOLERANCE
+    assert difference(logits, io["up_logits"]) > 10 * TOLERANCE

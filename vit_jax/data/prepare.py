@@ -299,6 +299,7 @@ def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) ->
     with (
         tqdm(total=total, desc=f"Preparing {task.name}", unit=" pictures", mininterval=_BAR_INTERVAL) as bar,
         _tfds_silent(),
+        _same_bytes_everywhere(),
     ):
         builder = Builder(data_dir=directory)
         builder.download_and_prepare(
@@ -318,6 +319,22 @@ def _tfds_silent() -> Iterator[None]:
             yield
     finally:
         tfds.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _same_bytes_everywhere() -> Iterator[None]:
+    """Has protobuf write the features of an example in the order of their names, which else differs between processes."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    def serialize(self, example):
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+    original = ExampleSerializer.serialize_example
+    ExampleSerializer.serialize_example = serialize
+    try:
+        yield
+    finally:
+        ExampleSerializer.serialize_example = original
 
 
 def _excerpt_builder(task: Task) -> type:

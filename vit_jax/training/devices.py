@@ -50,8 +50,9 @@ class Layout:
 
     def put(self, tree: Any) -> Any:
         """A tree on every device, in memory of its own: a step may use up the result and leave what was given as it is."""
-        # By way of the host, for device_put shares the memory of an array that already lies on one of the devices.
-        return jax.device_put(jax.device_get(tree), self._sharding(), may_alias=False)
+        # A copy on the host first: device_put shares the memory of an array that already lies on one of the devices, and
+        # on the CPU that of a NumPy array that happens to be aligned, may_alias=False or not.
+        return jax.device_put(self.gather(tree), self._sharding())
 
     def put_batch(self, batch: Any, axis: int = 0) -> Any:
         """A batch shared among the devices along `axis` of every leaf, whose length they must divide."""

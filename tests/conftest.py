@@ -1,6 +1,7 @@
 """Settings every test runs under. They are environment variables, so that the processes a test starts have them too."""
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# What one test compiled, another does not compile again; the folder goes with this process.
+_CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,7 @@
 """Killed anywhere and started again, a run ends with the parameters of one that was left alone, bit for bit."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def start(source: Path, workdir: Path) -> subprocess.Popen:
     """main.py itself, in a process of its own."""
     command = [sys.executable, "main.py", "--config", str(source), "--workdir", str(workdir)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # Compiled programs of their own: a kill may leave one half-written, which no other test should find.
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(source.parent / "programs")}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> None:

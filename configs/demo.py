@@ -17,10 +17,10 @@ def get_config() -> Config:
     config.data.image_size = 64
     config.augment.crop_area = (0.3, 1.0)
     config.optimizer.learning_rate = 0.03
-    config.optimizer.warmup_steps = 10
-    config.training.steps = 100
+    config.optimizer.warmup_steps = 8
+    config.training.steps = 80
     config.training.batch_size = 64
-    config.training.eval_every = 50
-    config.training.save_every = 50
-    config.run.expected = {"test/accuracy": 0.79, "test/accuracy from random weights": 0.516}
+    config.training.eval_every = 40
+    config.training.save_every = 40
+    config.run.expected = {"test/accuracy": 0.802, "test/accuracy from random weights": 0.504}
     return config

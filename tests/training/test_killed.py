@@ -82,7 +82,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_sentence(config, tmp_path, limit
     source = tmp_path / "config.json"
     source.write_text(to_json(config))
     command = [sys.executable, "-c", FULL, str(limit), "--config", str(source), "--workdir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cut programs")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
     finish(start(source, tmp_path / "run"))  # with space again, the same command goes on

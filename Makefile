@@ -17,7 +17,7 @@ demo: product  ## fine-tune the embedded ViT on the embedded pictures: offline, 
 	@echo "  $(RUN) main.py --config configs/cifar100_b16.py --config.model.checkpoint=ViT-B_16.npz"
 
 test: tools  ## all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .

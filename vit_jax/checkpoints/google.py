@@ -5,49 +5,124 @@ that other versions of the original and of big_vision wrote are brought to the p
 vit_jax/checkpoint.py; big_vision's models/vit.py).
 """
 
+import dataclasses
+import functools
+import io
 import json
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.checkpoints.files import whole_file
 
 _PREFIXES = ("opt/target/", "params/img/", "params/")
 # Today's Linen counts the layers of each kind, the published names count all layers of a block.
 _PUBLISHED_NAMES = {"LayerNorm_1": "LayerNorm_2", "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1"}
 _PUBLISHED_NAMES |= {"MlpBlock_0": "MlpBlock_3"}
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
+_GROUP_NORM = re.compile(r"(^|/)gn\w+/(scale|bias)$")
+_BFLOAT16 = np.dtype("V2")  # NumPy writes bfloat16 as two bytes without a meaning
+# How an npy file begins → the bytes that give its header's length, and NumPy's parser of both.
+_NUMPY = {
+    b"\x93NUMPY\x01\x00": (2, np.lib.format.read_array_header_1_0),
+    b"\x93NUMPY\x02\x00": (4, np.lib.format.read_array_header_2_0),
+}
+_LONGEST_HEADER = 1024  # bytes; an array of weights needs 118
+_CHUNK = 2**20  # bytes read at a time
+_READERS = 4  # threads: sums of bytes and copies run beside each other
+_LARGEST_RATIO = 16  # of what a file unpacks to over its size; float32 weights stored in the best of ways stay below 3
 
 
 class CheckpointError(ValueError):
     """A file that holds no usable weights; the message names the file, what was expected, what was found."""
 
 
-def _members(path: Path) -> list[str]:
-    """The names of the arrays of an npz, after everything that can be told without reading one."""
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """An array in a file, as its header describes it; nothing of it has been read."""
+
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    start: int  # of the values, in bytes from the member's beginning
+
+
+def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    """What a member's header says, once that agrees with the member's size."""
+    name = info.filename.removesuffix(".npy")
+    try:
+        with archive.open(info) as member, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the header is Python to NumPy's parser, which may complain of its spelling
+            magic = member.read(8)
+            if magic not in _NUMPY:
+                raise ValueError("it is no NumPy array")
+            digits, parse = _NUMPY[magic]
+            length = member.read(digits)
+            if (claimed := int.from_bytes(length, "little")) > _LONGEST_HEADER:
+                raise ValueError(f"its header claims {claimed} bytes")
+            shape, fortran_order, dtype = parse(io.BytesIO(length + member.read(claimed)))
+            start = member.tell()
+    except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
+        raise _unreadable(path, name, error) from None
+    if dtype.hasobject:
+        raise CheckpointError(f"{path}: {name!r} is a pickled object, which is never loaded")
+    promised, there = math.prod(shape) * dtype.itemsize, info.file_size - start
+    if min(shape, default=0) < 0 or promised != there:
+        raise CheckpointError(
+            f"{path}: {name!r} cannot be read (shape {list(shape)} of {dtype} takes {promised} bytes, there are {there}); "
+            "download the file again"
+        )
+    return _Member(info, shape, fortran_order, dtype, start)
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return CheckpointError(f"{path}: {name!r} cannot be read ({reason}); download the file again")
+
+
+def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an npz by name, after everything that can be told from the list of its members."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected an npz file")
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    if not path.stat().st_size:
+    size = path.stat().st_size
+    if not size:
         raise CheckpointError(f"{path} is empty; download it again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no npz, or is cut short ({error}); download it again") from None
-    odd = [name for name in names if not name.endswith(".npy")]
-    if odd or not names:
-        raise CheckpointError(f"{path} is a zip but no npz of weights: it holds {repr(odd[0]) if odd else 'nothing'}")
-    if len(set(names)) != len(names):
-        raise CheckpointError(f"{path} holds {next(n for n in names if names.count(n) > 1)!r} twice")
-    return [name.removesuffix(".npy") for name in names]
+    with open(path, "rb") as file:  # what the machine refuses is an OSError of its own
+        try:
+            infos = zipfile.ZipFile(file).infolist()
+        except Exception as error:  # a damaged directory makes zipfile raise nearly anything
+            raise CheckpointError(f"{path} is no npz, or is cut short ({error}); download it again") from None
+    if not infos:
+        raise CheckpointError(f"{path} is a zip but no npz of weights: it holds nothing")
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        name = info.filename.removesuffix(".npy")
+        if name == info.filename:
+            raise CheckpointError(f"{path} is a zip but no npz of weights: it holds {name!r}")
+        if not all(re.fullmatch(r"[\w.+-]+", part) and part.strip(".") for part in name.split("/")):
+            raise CheckpointError(f"{path} holds {info.filename!r}, which is no name of an array")
+        if name in found:
+            raise CheckpointError(f"{path} holds {info.filename!r} twice")
+        found[name] = info
+    # Members that share bytes, or swell: no weights do, and what they would fill is not allocated.
+    unpacked = sum(info.file_size for info in infos)
+    if sum(info.compress_size for info in infos) > size or unpacked > _LARGEST_RATIO * size:
+        raise CheckpointError(f"{path} holds {size} bytes and would unpack to {unpacked}, which no file of weights does")
+    return found
 
 
 def _form(names: Iterable[str]) -> str:
@@ -68,28 +143,37 @@ def form(path: str | os.PathLike) -> str:
     return _form(_members(Path(path)))
 
 
-def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    """One member as a float32 array of finite values. Reads to the member's end, which is where its CRC is checked."""
+def _values(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
+    """A member as a float32 array of finite values. Reads to the member's end, which is where its CRC is checked."""
+    name = member.info.filename.removesuffix(".npy")
+    if member.dtype != _BFLOAT16 and member.dtype.kind != "f":
+        raise CheckpointError(f"{path}: {name!r} has type {member.dtype}, expected floating point numbers")
+    # Where it begins at a multiple of 64 bytes, JAX takes an array over on a CPU instead of copying it.
+    size = math.prod(member.shape) * member.dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    raw = raw[begin : begin + size]
     try:
-        with archive.open(f"{name}.npy") as member:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-            if member.read(1):
-                raise ValueError("there is more in it than an array")
-    except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
-        if "allow_pickle" in str(error):
-            raise CheckpointError(f"{path}: {name!r} is a pickled object, which is never loaded") from None
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path}: {name!r} cannot be read ({reason}); download the file again") from None
-    if array.dtype == np.dtype("V2"):  # NumPy writes bfloat16 as two bytes without a meaning
-        array = array.view(ml_dtypes.bfloat16)
-    elif array.dtype.kind != "f":
-        raise CheckpointError(f"{path}: {name!r} has type {array.dtype}, expected floating point numbers")
+        with archive.open(member.info) as file:
+            file.read(member.start)
+            for at in range(0, size, _CHUNK):
+                part = file.read(min(_CHUNK, size - at))
+                raw[at : at + _CHUNK] = np.frombuffer(part, np.uint8)
+            file.read(1)
+    except Exception as error:
+        raise _unreadable(path, name, error) from None
+    stored = raw.view(ml_dtypes.bfloat16 if member.dtype == _BFLOAT16 else member.dtype)
     with np.errstate(over="ignore"):
-        array = np.asarray(array, np.float32)
+        array = stored.astype(np.float32, copy=False).reshape(member.shape, order="F" if member.fortran_order else "C")
     # Least and largest carry a NaN along and make no temporary array as isfinite would.
     if array.size and not np.isfinite([array.min(), array.max()]).all():
         raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
     return array
+
+
+def _outline(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
+    """An array of a member's shape and type without its values, and without memory for them."""
+    return np.broadcast_to(np.zeros((), ml_dtypes.bfloat16 if member.dtype == _BFLOAT16 else member.dtype), member.shape)
 
 
 def _unstacked(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -112,26 +196,20 @@ def _with_class_row(positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
 
 
-def read_npz(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The parameter tree of a file in any known form: nested dicts of float32 NumPy arrays under the published names.
-
-    GroupNorm's leaves come as (C,), bfloat16 as float32, stacked blocks apart; optimizer states are left where they are.
-    Modules named in `skip` (such as "head", at the top of the tree) are not read from disk. Pickled members are refused,
-    never loaded. Raises CheckpointError with the file and the array it is about.
-    """
-    path = Path(path)
+def _read(path: Path, skip: tuple[str, ...], take: Callable[[Path, zipfile.ZipFile, _Member], np.ndarray]) -> dict[str, Any]:
+    """The tree of a file under the published names, of what `take` makes of each member; several are taken at a time."""
     members = _members(path)
     spelling = _form(members)
     prefix = next((p for p in _PREFIXES if spelling.startswith(p)), "")
+    wanted = {name.removeprefix(prefix): info for name, info in members.items() if name.startswith(prefix)}
+    wanted = {name: info for name, info in wanted.items() if name.split("/")[0] not in skip}
     flat: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive:
-        for member in members:
-            short = member.removeprefix(prefix)
-            if not member.startswith(prefix) or short.split("/")[0] in skip:
-                continue
-            for name, array in _unstacked(short, _array(archive, member, path)):
+    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(_READERS) as pool:
+        headers = [_header(path, archive, info) for info in wanted.values()]
+        for short, whole in zip(wanted, pool.map(functools.partial(take, path, archive), headers), strict=True):
+            for name, array in _unstacked(short, whole):
                 name = name if spelling.endswith("published") else _published(name)
-                if re.search(r"(^|/)gn\w+/(scale|bias)$", name) and array.shape[:-1] == (1, 1, 1):
+                if _GROUP_NORM.search(name) and array.shape[:-1] == (1, 1, 1):
                     array = array.reshape(-1)
                 if name in ("pos_embedding", "Transformer/pos_embedding"):  # big_vision's, now and before 2022
                     name, array = _POSITIONS, _with_class_row(array) if f"{prefix}cls" in members else array
@@ -143,6 +221,25 @@ def read_npz(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, A
         if inside := next((part for i in range(len(above)) if (part := "/".join(above[: i + 1])) in flat), None):
             raise CheckpointError(f"{path}: {inside!r} is an array and has {name!r} below it")
     return unflatten_dict(flat, sep="/")
+
+
+def read_npz(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The parameter tree of a file in any known form: nested dicts of float32 NumPy arrays under the published names.
+
+    GroupNorm's leaves come as (C,), bfloat16 as float32, stacked blocks apart; optimizer states are left where they are.
+    Modules named in `skip` (such as "head", at the top of the tree) are not read from disk. Pickled members are refused,
+    never loaded. Raises CheckpointError with the file and the array it is about.
+    """
+    return _read(Path(path), skip, _values)
+
+
+def read_shapes(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree that `read_npz` would give, a jax.ShapeDtypeStruct at every leaf, from the headers alone.
+
+    Types are those on disk. Raises as `read_npz` does for what the headers tell.
+    """
+    tree = _read(Path(path), skip, _outline)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def save_npz(
@@ -160,24 +257,13 @@ def save_npz(
     flat = {}
     for name, leaf in flatten_dict(dict(params), sep="/").items():
         array = np.asarray(leaf).astype(dtype)
-        flat[name] = array.reshape(1, 1, 1, -1) if re.search(r"(^|/)gn\w+/(scale|bias)$", name) else array
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def place(target: Path, write: Callable[[Any], Any]) -> None:
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(scratch, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, target)
-        finally:
-            scratch.unlink(missing_ok=True)
-
+        flat[name] = array.reshape(1, 1, 1, -1) if _GROUP_NORM.search(name) else array
     beside, replaces = path.with_suffix(".json"), path.exists()
-    place(path, lambda file: np.savez(file, **flat))  # type: ignore[arg-type]
+    with whole_file(path) as file:
+        np.savez(file, **flat)  # type: ignore[arg-type]
     if text is not None:
-        place(beside, lambda file: file.write(text.encode()))
+        with whole_file(beside) as file:
+            file.write(text.encode())
     elif replaces:
         beside.unlink(missing_ok=True)  # it speaks of the weights that were here before
 

@@ -121,7 +121,7 @@ def test_skipped_modules_are_not_read(tree, tmp_path):
 
 
 def test_the_embedded_checkpoint_is_the_trained_one_as_bfloat16(shared):
-    from vit_jax.checkpoints.catalogue import find
+    from vit_jax.checkpoints.download import find
 
     trained = flatten_dict(read_npz(shared / "checkpoints" / "mini_8.npz"), sep="/")
     shipped = flatten_dict(read_npz(find("mini_8")), sep="/")
@@ -198,7 +198,7 @@ def write(path, kind, tree):
     if kind == "more than an array":
         with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
             archive.writestr("cls.npy", good.read("cls.npy") + b"more")
-        return "'cls' cannot be read .there is more in it than an array"
+        return r"'cls' cannot be read .shape \[1, 1, 16\] of float32 takes 64 bytes, there are 68"
     if kind == "two names for one":
         np.savez(path, **linen(tree), **{"Transformer/encoderblock_0/LayerNorm_2/scale": np.ones(16, np.float32)})
         return "two arrays stand for 'Transformer/encoderblock_0/LayerNorm_2/scale'"

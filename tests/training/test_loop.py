@@ -203,7 +203,7 @@ def test_a_head_of_other_classes_cannot_be_evaluated(config, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "error", "said"),
     [
-        ("model.checkpoint", "nowhere.npz", ValueError, "nowhere.npz is neither a file nor a published name"),
+        ("model.checkpoint", "nowhere.npz", ValueError, "there is no file nowhere.npz"),
         ("data.image_size", 20, ConfigError, "data.image_size = 20: .*multiples of 8"),
         ("training.batch_size", 12, ConfigError, "training.batch_size = 12 .* does not divide among 8 devices"),
         ("data.task", "cifar1000", ValueError, "no task 'cifar1000'"),

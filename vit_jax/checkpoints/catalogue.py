@@ -1,71 +1,294 @@
-"""The table of published checkpoints."""
+"""The table of published checkpoints: what there is, how it is called and where it lies.
 
+A row's name is its path in Google's bucket without ".npz". Names and sizes are from the README and the listing in
+vit_jax.ipynb of google-research/vision_transformer, GSAM's from its issue 223. Which file a copy on the Hugging Face hub
+was converted from is from timm's default_cfgs (vision_transformer.py, vision_transformer_hybrid.py) and, for Google's
+own repositories, their model cards: they were converted from timm's `jx_vit_*` weights of 2020, before timm went over to
+AugReg.
+"""
+
+import csv
 import dataclasses
 import difflib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote
 
 from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.models.variants import VARIANTS, build
 
+BUCKET = "https://storage.googleapis.com/vit_models"
 _ASSETS = Path(__file__).parents[1] / "assets"
-_BUCKET = "https://storage.googleapis.com/vit_models"
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
     """A file of weights and where it lies."""
 
+    name: str  # its path in Google's bucket, without ".npz"
     variant: str  # a row of vit_jax.models.variants.VARIANTS
     image_size: int  # pixels it was trained at
     num_classes: int
-    addresses: tuple[str, ...]  # URLs, in the order to try them
+    addresses: tuple[str, ...]  # in the order to try them; hf://owner/repository/file is a copy as safetensors
+    mib: float  # of the npz, about
+    headless: tuple[str, ...] = ()  # those of the addresses whose copy has no head, and timm's no pre_logits either
+    size: int | None = None  # of the npz in bytes, where it is known
+    sha256: str | None = None  # of the npz, where it is known
 
 
-def _imagenet21k(variant: str, name: str) -> Published:
-    return Published(variant, 224, 21843, (f"{_BUCKET}/imagenet21k/{name}.npz",))
+# Parameters but for the head, pre_logits and positions.
+_PARAMETERS = {
+    "Ti/16": 5_486_592,
+    "S/16": 21_590_016,
+    "S/32": 22_474_752,
+    "B/8": 85_204_992,
+    "B/16": 85_647_360,
+    "B/32": 87_416_832,
+    "L/16": 303_099_904,
+    "L/32": 305_459_200,
+    "H/14": 630_435_840,
+    "R+Ti/16": 6_135_104,
+    "R26+S/32": 36_027_712,
+    "R26+B/32": 100_576_576,
+    "R50+B/16": 97_738_816,
+    "R50+L/32": 327_918_656,
+}
 
-
-# ImageNet-21k files of the ViT paper (README of google-research/vision_transformer, "Available ViT models").
-PUBLISHED: dict[str, Published] = {
-    "mini_8": Published("Mini/8", 64, 200, ((_ASSETS / "mini_8.npz").as_uri(),)),
-    "ViT-B_16": _imagenet21k("B/16", "ViT-B_16"),
-    "ViT-B_32": _imagenet21k("B/32", "ViT-B_32"),
-    "ViT-L_16": _imagenet21k("L/16", "ViT-L_16"),
-    "ViT-L_32": _imagenet21k("L/32", "ViT-L_32"),
-    "ViT-H_14": _imagenet21k("H/14", "ViT-H_14"),
-    "R50+ViT-B_16": _imagenet21k("R50+B/16", "R50+ViT-B_16"),
+# AugReg's recommended files (the README's table, by section 4.5 of "How to train your ViT?"), and the learning rate of the
+# ImageNet fine-tuning that the table gives at 384 px. B/8 came later: big_vision's models/vit.py, and the notebook's rate.
+_RECOMMENDED = {
+    "L/16": ("L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", "0.01"),
+    "B/16": ("B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.03"),
+    "S/16": ("S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03"),
+    "R50+L/32": ("R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1", "0.01"),
+    "R26+S/32": ("R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", "0.01"),
+    "Ti/16": ("Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "0.03"),
+    "B/32": ("B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", "0.01"),
+    "S/32": ("S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", "0.01"),
+    "R+Ti/16": ("R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "0.03"),
+    "B/8": ("B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.03"),
 }
 
 
+def _i21k(model: str, recipe: str) -> str:
+    return f"augreg/{model}-i21k-300ep-lr_0.001-{recipe}"
+
+
+def _i1k(model: str, recipe: str, size: int) -> str:
+    return f"augreg/{model}-i1k-300ep-lr_0.001-{recipe}--imagenet2012-steps_20k-lr_0.01-res_{size}"
+
+
+def _adapted(model: str, recipe: str, rate: str, size: int) -> str:
+    return f"{_i21k(model, recipe)}--imagenet2012-steps_20k-lr_{rate}-res_{size}"
+
+
+# A file → the repositories of the hub that hold a copy of it, and of no other. Google's come first: they keep pre_logits.
+_COPIES: dict[str, tuple[str, ...]] = {
+    "imagenet21k/ViT-B_16": ("google/vit-base-patch16-224-in21k", "timm/vit_base_patch16_224.orig_in21k"),
+    "imagenet21k/ViT-B_32": ("google/vit-base-patch32-224-in21k", "timm/vit_base_patch32_224.orig_in21k"),
+    "imagenet21k/ViT-L_16": ("google/vit-large-patch16-224-in21k", "timm/vit_large_patch16_224.orig_in21k"),
+    "imagenet21k/ViT-L_32": ("google/vit-large-patch32-224-in21k", "timm/vit_large_patch32_224.orig_in21k"),
+    "imagenet21k/ViT-H_14": ("google/vit-huge-patch14-224-in21k", "timm/vit_huge_patch14_224.orig_in21k"),
+    "imagenet21k/R50+ViT-B_16": ("timm/vit_base_r50_s16_224.orig_in21k",),
+    "imagenet21k+imagenet2012/ViT-B_16-224": ("google/vit-base-patch16-224", "timm/vit_base_patch16_224.orig_in21k_ft_in1k"),
+    "imagenet21k+imagenet2012/ViT-B_16": ("google/vit-base-patch16-384", "timm/vit_base_patch16_384.orig_in21k_ft_in1k"),
+    "imagenet21k+imagenet2012/ViT-B_32": ("google/vit-base-patch32-384",),
+    "imagenet21k+imagenet2012/ViT-L_16-224": ("google/vit-large-patch16-224",),
+    "imagenet21k+imagenet2012/ViT-L_16": ("google/vit-large-patch16-384",),
+    "imagenet21k+imagenet2012/ViT-L_32": ("google/vit-large-patch32-384", "timm/vit_large_patch32_384.orig_in21k_ft_in1k"),
+    "imagenet21k+imagenet2012/R50+ViT-B_16": ("timm/vit_base_r50_s16_384.orig_in21k_ft_in1k",),
+    _i21k("Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_tiny_patch16_224.augreg_in21k",),
+    _i21k("S_16", "aug_light1-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_small_patch16_224.augreg_in21k",),
+    _i21k("S_32", "aug_light1-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_small_patch32_224.augreg_in21k",),
+    _i21k("B_8", "aug_medium1-wd_0.1-do_0.0-sd_0.0"): ("timm/vit_base_patch8_224.augreg_in21k",),
+    _i21k("B_16", "aug_medium1-wd_0.1-do_0.0-sd_0.0"): ("timm/vit_base_patch16_224.augreg_in21k",),
+    _i21k("B_32", "aug_medium1-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_base_patch32_224.augreg_in21k",),
+    _i21k("L_16", "aug_medium1-wd_0.1-do_0.1-sd_0.1"): ("timm/vit_large_patch16_224.augreg_in21k",),
+    _i21k("R_Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_tiny_r_s16_p8_224.augreg_in21k",),
+    _i21k("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0"): ("timm/vit_small_r26_s32_224.augreg_in21k",),
+    _i21k("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0"): ("timm/vit_large_r50_s32_224.augreg_in21k",),
+    **{
+        _adapted(model, recipe, rate, size): (f"timm/{copy}_{size}.augreg_in21k_ft_in1k",)
+        for model, recipe, rate, sizes, copy in (
+            ("Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", (224, 384), "vit_tiny_patch16"),
+            ("S_16", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", (224, 384), "vit_small_patch16"),
+            ("S_32", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", (224, 384), "vit_small_patch32"),
+            ("B_8", "aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.01", (224,), "vit_base_patch8"),
+            ("B_16", "aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.01", (224, 384), "vit_base_patch16"),
+            ("B_32", "aug_medium1-wd_0.03-do_0.0-sd_0.0", "0.03", (224,), "vit_base_patch32"),
+            ("B_32", "aug_light1-wd_0.1-do_0.0-sd_0.0", "0.03", (384,), "vit_base_patch32"),
+            ("L_16", "aug_medium1-wd_0.1-do_0.1-sd_0.1", "0.01", (224, 384), "vit_large_patch16"),
+            ("R_Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", (224, 384), "vit_tiny_r_s16_p8"),
+            ("R26_S_32", "aug_light0-wd_0.03-do_0.1-sd_0.1", "0.03", (224,), "vit_small_r26_s32"),
+            ("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0", "0.03", (384,), "vit_small_r26_s32"),
+            ("R50_L_32", "aug_medium1-wd_0.1-do_0.1-sd_0.1", "0.01", (224,), "vit_large_r50_s32"),
+            ("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.01", (384,), "vit_large_r50_s32"),
+        )
+        for size in sizes
+    },
+    **{
+        _i1k(model, recipe, size): (f"timm/{copy}_{size}.augreg_in1k",)
+        for model, recipe, copy in (
+            ("S_16", "aug_medium2-wd_0.1-do_0.0-sd_0.0", "vit_small_patch16"),
+            ("B_32", "aug_medium2-wd_0.1-do_0.1-sd_0.1", "vit_base_patch32"),
+            ("B_16", "aug_strong2-wd_0.1-do_0.1-sd_0.1", "vit_base_patch16"),
+        )
+        for size in (224, 384)
+    },
+    "sam/ViT-B_16": ("timm/vit_base_patch16_224.sam_in1k",),
+    "sam/ViT-B_32": ("timm/vit_base_patch32_224.sam_in1k",),
+}
+
+# What AugReg's file names call a data set → its classes. For kitti those of VTAB's distance to the closest vehicle.
+_CLASSES = {"i21k": 21843, "i1k": 1000, "imagenet2012": 1000, "cifar100": 100, "oxford_iiit_pet": 37, "resisc45": 45}
+_CLASSES |= {"kitti": 4}
+_AUGREG = re.compile(
+    r"(?P<model>\w+)-(?P<data>i21k|i1k)-\d+ep-lr_[\d.]+-aug_\w+-wd_[\d.]+-do_[\d.]+-sd_[\d.]+"
+    r"(--(?P<task>\w+)-steps_\d+k-lr_[\d.]+-res_(?P<size>\d+))?"
+)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_VARIANTS = {_plain(variant): variant for variant in VARIANTS}
+
+
+def _row(name: str, variant: str, image_size: int, num_classes: int, **known: object) -> Published:
+    copies = tuple(f"hf://{repository}/model.safetensors" for repository in _COPIES.get(name, ()))
+    original = name.startswith("imagenet21k/")  # with pre_logits, which no other file has
+    model = build(variant)
+    width, patches = model.hidden_size, (image_size // model.stride) ** 2
+    parameters = _PARAMETERS[variant] + (1 + patches) * width + (width + 1) * (num_classes + original * width)
+    fields = dict(mib=round(4 * parameters / 2**20, 1), headless=copies if original else ()) | known
+    return Published(name, variant, image_size, num_classes, (f"{BUCKET}/{quote(name)}.npz", *copies), **fields)  # type: ignore[arg-type]
+
+
+def _augreg(name: str) -> Published | None:
+    """The row of one of AugReg's files by what its name says; None for a name that is none of theirs."""
+    found = _AUGREG.fullmatch(name)
+    if not found or not (variant := _VARIANTS.get(_plain(found["model"]))) or variant not in _PARAMETERS:
+        return None
+    if not (num_classes := _CLASSES.get(found["task"] or found["data"])):
+        return None
+    return _row(f"augreg/{name}", variant, int(found["size"] or 224), num_classes)
+
+
+def _rows() -> Iterator[Published]:
+    yield Published("mini_8", "Mini/8", 64, 200, ((_ASSETS / "mini_8.npz").as_uri(),), mib=5.3)
+
+    def variant(name: str) -> str:
+        return name.removesuffix("-224").replace("ViT-", "").replace("_", "/")
+
+    # Sizes and hashes: Git LFS pointers to these files in public repositories, whose sizes are those of Google's listing
+    # to its last digit. A hash is given where two sources that do not copy each other agree.
+    known: dict[str, dict[str, object]] = {
+        "imagenet21k/ViT-B_16": dict(size=412_815_506),
+        "imagenet21k/R50+ViT-B_16": dict(
+            size=461_217_452, sha256="ff009bf39bb4f9198b834cfe46aba2bfdaf730e933ab3e3c4b1edf4226eaafbe"
+        ),
+        "imagenet21k+imagenet2012/ViT-B_16": dict(size=347_502_902),
+        # Three times its parameters: by its size, an optimizer's state is in it.
+        "sam/ViT-S_16": dict(mib=252.6),
+    }
+    for name in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16", "ViT-B_8", "R26+ViT-B_32",
+                 "R50+ViT-L_32"):  # fmt: skip
+        path = f"imagenet21k/{name}"
+        yield _row(path, variant(name), 224, 21843, **known.get(path, {}))
+    for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32", "R50+ViT-B_16", "ViT-B_8"):
+        path = f"imagenet21k+imagenet2012/{name}"
+        yield _row(path, variant(name), 224 if name.endswith("-224") else 384, 1000, **known.get(path, {}))
+    # Every pre-trained file was fine-tuned with both learning rates at both sizes, B/8 at 224 px alone (index.csv).
+    names = {recommended: None for recommended, _ in _RECOMMENDED.values()}
+    for recommended, rate in _RECOMMENDED.values():
+        for size in (224, 384) if not recommended.startswith("B_8") else (224,):
+            names[f"{recommended}--imagenet2012-steps_20k-lr_{rate}-res_{size}"] = None
+    names |= {path.removeprefix("augreg/"): None for path in _COPIES if path.startswith("augreg/")}
+    for name in names:
+        row = _augreg(name)
+        assert row is not None
+        yield row
+    for path in ("sam/ViT-S_16", "sam/ViT-B_16", "sam/ViT-B_32", "sam/ViT-L_16", "sam/ViT-L_32"):
+        yield _row(path, variant(path.partition("/")[2]), 224, 1000, **known.get(path, {}))
+    for name in ("ViT-S_16", "ViT-S_32", "ViT-B_16", "ViT-B_32"):  # without a class token
+        yield _row(f"gsam/{name}", variant(name), 224, 1000)
+
+
+PUBLISHED: dict[str, Published] = {row.name: row for row in _rows()}
+# An architecture → the file that its name alone stands for.
+SHORT: dict[str, str] = {variant: f"augreg/{name}" for variant, (name, _) in _RECOMMENDED.items()}
+
+
 def resolve(name: str) -> Published:
-    """The row of a published name; CheckpointError with the nearest names for any other."""
-    if name not in PUBLISHED:
-        near = difflib.get_close_matches(name, PUBLISHED, n=3) or list(PUBLISHED)
-        raise CheckpointError(f"no checkpoint is published as {name!r}; the nearest names: {', '.join(near)}")
-    return PUBLISHED[name]
+    """The row that a name means; CheckpointError with the nearest names for one that means none.
 
-
-def find(source: str) -> Path:
-    """The file that `source` stands for: an existing path, else a published name whose file is on this machine.
-
-    CheckpointError says where to get the file where it is not.
+    A path in the bucket, with or without ".npz", gs://vit_models/ or the bucket's address before it; an architecture
+    ("B/16", "R_Ti_16"): AugReg's recommended file; a file's name alone: the original ImageNet-21k file where there is one
+    ("ViT-B_16"), else the only file that is called so; the name of any of AugReg's files, in the table or not.
     """
-    path = Path(source).expanduser()
-    name = path.name.removesuffix(".npz")
+    short = name.removesuffix(".npz").removeprefix("gs://vit_models/").removeprefix(f"{BUCKET}/").replace("%2B", "+")
+    for known in (short, SHORT.get(_VARIANTS.get(_plain(short), ""), ""), f"imagenet21k/{short}", f"augreg/{short}"):
+        if known in PUBLISHED:
+            return PUBLISHED[known]
+    if row := _augreg(short.removeprefix("augreg/")):
+        return row
+    same = [known for known in PUBLISHED if known.endswith(f"/{short}")]
+    if len(same) == 1:
+        return PUBLISHED[same[0]]
+    if same:
+        raise CheckpointError(f"several files are published as {name!r}; say which: {', '.join(same)}")
+    names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *_RECOMMENDED]
+    near = difflib.get_close_matches(short, dict.fromkeys(names), n=3, cutoff=0)
+    raise CheckpointError(f"no checkpoint is published as {name!r}; the nearest names: {', '.join(near)}")
+
+
+def read_index(path: str | os.PathLike) -> Iterator[dict[str, str]]:
+    """The rows of AugReg's index.csv; its columns are described in the original's vit_jax/checkpoint.py.
+
+    CheckpointError for a file that is none.
+    """
+    wanted = ("name", "ds", "final_val", "filename")
     try:
-        if path.is_file() or (path.exists() and name not in PUBLISHED):
-            return path
-    except OSError:  # a name too long to be one
-        pass
-    if name not in PUBLISHED:
-        raise CheckpointError(f"{source} is neither a file nor a published name; published here are {', '.join(PUBLISHED)}")
-    addresses = PUBLISHED[name].addresses
-    for address in addresses:
-        parts = urlsplit(address)
-        local = Path(unquote(parts.path))
-        if parts.scheme == "file" and local.is_file() and name == source.removesuffix(".npz"):
-            return local
-    raise CheckpointError(
-        f"there is no file {path}; download {addresses[0]} and give its path as model.checkpoint "
-        "(--config.model.checkpoint=PATH on the command line)"
-    )
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            if missing := [column for column in wanted if column not in (rows.fieldnames or ())]:
+                raise CheckpointError(f"{path} is not AugReg's index.csv: it has no column {missing[0]!r}")
+            yield from rows
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is not AugReg's index.csv: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def best(index: str | os.PathLike, name: str, ds: str = "i21k") -> Published:
+    """The file that section 4.5 of "How to train your ViT?" recommends: the best final validation accuracy in pre-training.
+
+    Args:
+      index: AugReg's index.csv, a row a fine-tuning.
+      name: the architecture, in any spelling ("B/16", "R26_S_32").
+      ds: what it was pre-trained on, as the index calls it: "i21k", "i21k_30" (30 epochs) or "i1k".
+
+    Of several files with the same accuracy, the first by name. CheckpointError where the index has no such row.
+    """
+    accuracy: dict[str, float] = {}
+    models: dict[str, None] = {}
+    data: dict[str, None] = {}
+    for number, row in enumerate(read_index(index), 2):
+        models[row["name"]] = None
+        if _plain(row["name"] or "") != _plain(name):
+            continue
+        data[row["ds"]] = None
+        if row["ds"] == ds and row["final_val"]:  # nothing where training broke off
+            try:
+                accuracy[row["filename"]] = float(row["final_val"])
+            except ValueError:
+                raise CheckpointError(f"{index}, line {number}: final_val is {row['final_val']!r}, not a number") from None
+    if not data:
+        raise CheckpointError(f"{index} has no model {name!r}; it has {', '.join(models)}")
+    accuracy = {file: value for file, value in accuracy.items() if value == value}  # without NaN, which nothing compares with
+    if not accuracy:
+        raise CheckpointError(f"{index} has no final_val of {name} pre-trained on {ds!r}; it has {', '.join(data)}")
+    return resolve(min(accuracy, key=lambda file: (-accuracy[file], file)))

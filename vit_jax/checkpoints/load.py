@@ -5,14 +5,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.catalogue import find
-from vit_jax.checkpoints.google import CheckpointError, read_meta, read_npz
+from vit_jax.checkpoints.download import find
+from vit_jax.checkpoints.google import CheckpointError, read_meta, read_npz, read_shapes
+from vit_jax.checkpoints.meta import grid_of
+from vit_jax.checkpoints.torch_files import read_config, read_safetensors
 from vit_jax.models.variants import from_tree, shapes
 from vit_jax.models.vit import VisionTransformer
+
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
 def _lerp(size: int, new: int) -> np.ndarray:
@@ -55,22 +60,48 @@ def _compare(params: dict[str, Any], wanted: dict[str, Any], source: str) -> Non
             raise CheckpointError(f"{source}: {path} should have shape {expected[path]}, has {found[path]}")
 
 
-def _leaf(params: dict[str, Any], path: str) -> np.ndarray:
-    node: Any = params
-    for name in path.split("/"):
-        node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, np.ndarray):
-        raise ValueError(f"{path} is missing")
-    return node
+def _model_of(params: dict[str, Any], source: str) -> VisionTransformer:
+    """The model that a tree of arrays or of their shapes belongs to; CheckpointError where one is amiss."""
+    try:
+        model = from_tree(params)
+        rows = flatten_dict(params, sep="/").get(_POSITIONS)
+        if rows is None:
+            raise ValueError(f"{_POSITIONS} is missing")
+        patches = rows.shape[1] - (model.classifier == "token") if len(rows.shape) == 3 else 1
+        # Any grid of as many patches has the same shapes.
+        wanted = shapes(model, (max(1, patches) * model.stride, model.stride))
+    except ValueError as error:
+        raise CheckpointError(f"{source} holds no Vision Transformer: {error}") from None
+    _compare(params, wanted, source)
+    return model
 
 
-def _grid(path: Path, stride: int, patches: int) -> tuple[int, int] | None:
-    """The grid of a file's positions by the picture size in the JSON beside it, where that speaks of as many patches."""
-    size = (read_meta(path) or {}).get("image_size")
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-    if not isinstance(height, int) or not isinstance(width, int) or (height // stride) * (width // stride) != patches:
-        return None
-    return height // stride, width // stride
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def outline(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model that a file of weights holds, and its tree of shapes and stored types; values are not looked at.
+
+    An npz in one of Google's forms is judged by its headers. CheckpointError as `load`.
+    """
+    tree = read_safetensors(path, skip) if _is_safetensors(path) else read_shapes(path, skip)
+    return _model_of(tree, str(path)), tree
+
+
+def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model that a file of weights (npz in one of Google's forms, safetensors of timm or Hugging Face) holds, and its tree
+    of float32 NumPy arrays under Google's names.
+
+    Headers are held against the model before anything is read. CheckpointError as `load`.
+    """
+    model, tree = outline(path, skip)
+    return model, tree if _is_safetensors(path) else read_npz(path, skip)
+
+
+def meta_of(path: Path) -> dict[str, Any]:
+    """What lies beside a file of weights and speaks of them, in the terms of the JSON beside an npz; may be empty."""
+    return (read_config(path) if _is_safetensors(path) else read_meta(path)) or {}
 
 
 def load(
@@ -82,7 +113,9 @@ def load(
     attention_dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
-    """A model and its parameters (float32) from a file in one of Google's npz forms, or from a published name.
+    """A model and its parameters (float32) from a published name or a file: one of Google's npz forms, or safetensors.
+
+    A run's folder stands for its final.npz, an exported folder for its safetensors; see `download.find`.
 
     The architecture is read off the file. As it stands: its own head and pre_logits. With `num_classes`, ready for
     fine-tuning: a zero head of that many classes instead, no pre_logits; 0 classes give features. With `image_size`
@@ -94,23 +127,12 @@ def load(
     """
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
-    path = find(os.fspath(source))
-    params = read_npz(path, skip=() if num_classes is None else ("head", "pre_logits"))
-    try:
-        model = from_tree(params)
-        rows = _leaf(params, "Transformer/posembed_input/pos_embedding")
-        has_class_row = model.classifier == "token"
-        patches = rows.shape[1] - has_class_row if rows.ndim == 3 else 1
-        # Any grid of as many patches has the same shapes.
-        wanted = shapes(model, (max(1, patches) * model.stride, model.stride))
-    except ValueError as error:
-        raise CheckpointError(f"{path} holds no Vision Transformer: {error}") from None
-    _compare(params, wanted, str(path))
-
+    path = find(source, complete=num_classes is None)
+    model, params = read(path, skip=() if num_classes is None else ("head", "pre_logits"))
     if num_classes is None and not model.num_classes:
         raise CheckpointError(f"{path} has no head; give num_classes for a fresh one, or num_classes=0 for features")
     flat = flatten_dict(params, sep="/")
-    del params, wanted
+    del params
     if num_classes:
         flat["head/kernel"] = np.zeros((model.hidden_size, num_classes), np.float32)
         flat["head/bias"] = np.zeros(num_classes, np.float32)
@@ -122,12 +144,12 @@ def load(
                 f"image_size {height}×{width} does not divide into patches: {path} wants multiples of {model.stride} pixels"
             )
         grid = (height // model.stride, width // model.stride)
+        rows, has_class_row = flat[_POSITIONS], model.classifier == "token"
         try:
-            rows = resize_positions(rows, grid, has_class_row, _grid(path, model.stride, patches))
+            old = grid_of(meta_of(path), model.stride, rows.shape[1] - has_class_row)
+            flat[_POSITIONS] = resize_positions(rows, grid, has_class_row, old)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        flat["Transformer/posembed_input/pos_embedding"] = rows
-    del rows
-    for name in flat:  # one after the other, so that no more than one leaf is there twice
-        flat[name] = jnp.asarray(flat[name])
+    for name in flat:  # one after the other, so that no more than one leaf is there twice; on a CPU JAX takes it as it lies
+        flat[name] = jax.device_put(flat[name])
     return model.clone(dropout=dropout, attention_dropout=attention_dropout, dtype=dtype), unflatten_dict(flat, sep="/")

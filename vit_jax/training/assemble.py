@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax.checkpoints.catalogue import find
+from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, ConfigError

@@ -4,20 +4,23 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean product tools
+.PHONY: help demo test test-interop check clean product tools interop
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 	@echo "make … PYTHON=/path/to/python uses an interpreter that has the packages already and installs nothing"
 
 demo: product  ## fine-tune the embedded ViT on the embedded pictures: offline, about a minute and a half on 2 cores
 	$(RUN) main.py --config configs/demo.py
 	@echo
-	@echo "Next, the run this project exists for (the README says where to get the checkpoint):"
-	@echo "  $(RUN) main.py --config configs/cifar100_b16.py --config.model.checkpoint=ViT-B_16.npz"
+	@echo "Next, the run this project exists for (it downloads ViT-B/16 and CIFAR-100, and wants a GPU):"
+	@echo "  $(RUN) main.py --config configs/cifar100_b16.py"
 
 test: tools  ## all tests
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
+	$(RUN) -m pytest tests/interop
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .
@@ -28,20 +31,23 @@ clean:  ## remove .venv, caches and what a build left; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-TEST_TOOLS := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test'], sep='\n')
+# $(call extra,NAME): prints the requirements of an extra of pyproject.toml, a line each.
+extra = $(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
 
 ifeq ($(origin PYTHON), command line)
 
 RUN := $(PYTHON)
 # $(call require,command): fails with a sentence where the interpreter lacks a package that the command prints a line for.
-require = @$(1) | $(RUN) -c "import importlib.metadata as m, re, sys; key = lambda s: re.sub('[-_.]+', '-', s or '').lower(); \
+require = @{ $(1); } | $(RUN) -c "import importlib.metadata as m, re, sys; key = lambda s: re.sub('[-_.]+', '-', s or '').lower(); \
 	lacking = {key(s) for s in re.findall(r'(?m)^\w[\w.-]*', sys.stdin.read())} - {key(d.metadata['Name']) for d in m.distributions()}; \
 	sys.exit('$(PYTHON) lacks ' + ', '.join(sorted(lacking)) + ': install them there, or leave PYTHON= out and a .venv is made.' if lacking else 0)"
 
 product:
 	$(call require,cat requirements.txt)
 tools: product
-	$(call require,$(RUN) -c "$(TEST_TOOLS)")
+	$(call require,$(call extra,test))
+interop: tools
+	$(call require,$(call extra,export); $(call extra,interop); $(call extra,peers))
 
 else
 
@@ -51,6 +57,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 product: .venv/.product
 tools: .venv/.tools
+interop: .venv/.interop
 
 # The stamps are written last, so an installation that was cut off goes on next time.
 .venv/.product: requirements.txt $(REQUIREMENTS)
@@ -64,7 +71,14 @@ tools: .venv/.tools
 	@touch $@
 
 .venv/.tools: .venv/.product pyproject.toml
-	@$(RUN) -c "$(TEST_TOOLS)" | $(INSTALL) -r /dev/stdin
+	@$(call extra,test) | $(INSTALL) -r /dev/stdin
+	@touch $@
+
+# torchvision's own dependencies ask for a PyTorch with CUDA, several gigabytes.
+.venv/.interop: .venv/.tools
+	@echo "Installing PyTorch for CPUs, timm, transformers and ONNX Runtime into .venv: a few minutes the first time."
+	@{ $(call extra,export); $(call extra,interop); } | $(INSTALL) -r /dev/stdin
+	@$(call extra,peers) | $(INSTALL) --no-deps -r /dev/stdin
 	@touch $@
 
 endif

@@ -1,0 +1,221 @@
+"""The same weights in other people's implementations: what each of their stages gives, written as an IO.npz.
+
+    python -P vit_jax/peers.py timm FOLDER --images IMAGES.npz --output IO.npz
+    python -P vit_jax/peers.py huggingface FOLDER --images IMAGES.npz --output IO.npz
+    python -P vit_jax/peers.py original WEIGHTS.npz --images IMAGES.npz --output IO.npz --original CHECKOUT --geometry JSON
+
+A FOLDER is what `convert --to timm` or `--to huggingface` left, IMAGES.npz holds `images` as a model gets them. Each runs in
+a process of its own and by this file's path, for the original's package is called vit_jax too: nothing of ours is imported.
+The only file of the product that imports the peers, inside functions.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+Stages = dict[str, np.ndarray]
+_DECLARED: list[Any] = []  # torch.library.Library objects: their declarations go when they go
+
+
+def import_torchvision() -> None:
+    """Imports torchvision where it is installed, as timm and transformers do, also where its operators do not load.
+
+    A wheel made for another build of PyTorch than the one installed (as from the package index beside PyTorch's for the
+    CPU) fails on import over the names of its operators; no Vision Transformer calls them, so the names are declared.
+    """
+    import torch
+
+    try:
+        importlib.import_module("torchvision")
+        return
+    except ModuleNotFoundError:  # transformers does without
+        return
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    _DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+    for operator in ("nms", "qnms"):
+        _DECLARED[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    importlib.import_module("torchvision")
+
+
+def _outputs(modules: dict[str, Any], call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """What `call` returns, and the last output of each of PyTorch's modules while it ran."""
+    found: dict[str, Any] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        return call(), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def timm_stages(model: Any, images: np.ndarray) -> Stages:
+    """The stages of a timm Vision Transformer, in the layout of IO.npz; `images` float32 [B, H, W, 3]."""
+    import torch
+
+    inputs = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    modules = {"embedding": model.patch_embed, **{f"block_{i}": block for i, block in enumerate(model.blocks)}}
+    with torch.inference_mode():
+        tokens, found = _outputs(modules, lambda: model.forward_features(inputs))
+        found["embedding"] = found["embedding"].reshape(len(images), *model.patch_embed.grid_size, -1)
+        found["features"] = model.forward_head(tokens, pre_logits=True)
+        if model.num_classes:
+            found["logits"] = model.forward_head(tokens)
+    return {name: output.float().numpy() for name, output in found.items()}
+
+
+def huggingface_stages(model: Any, images: np.ndarray) -> Stages:
+    """The stages of a transformers ViTModel or ViTForImageClassification, in the layout of IO.npz; `images` as above."""
+    import torch
+
+    inputs = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    encoder = getattr(model, "vit", model)
+    layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer  # since transformers 5, and before
+    patches = encoder.embeddings.patch_embeddings
+    modules = {"embedding": patches, **{f"block_{i}": layer for i, layer in enumerate(layers)}, "features": encoder.layernorm}
+    with torch.inference_mode():
+        output, found = _outputs(modules, lambda: model(inputs))
+    height, width = (size // patch for size, patch in zip(patches.image_size, patches.patch_size, strict=True))
+    found["embedding"] = found["embedding"].reshape(len(images), height, width, -1)
+    found["features"] = found["features"][:, 0]
+    if getattr(output, "pooler_output", None) is not None:
+        found["pre_logits"] = output.pooler_output
+    if hasattr(output, "logits"):
+        found["logits"] = output.logits
+    return {name: array.float().numpy() for name, array in found.items()}
+
+
+def _timm(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
+    import_torchvision()
+    timm = importlib.import_module("timm")
+    model = timm.create_model(f"local-dir:{Path(arguments.source).resolve()}", pretrained=True)
+    return timm_stages(model.eval(), images)
+
+
+def _huggingface(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
+    import_torchvision()
+    transformers = importlib.import_module("transformers")
+    config = json.loads((Path(arguments.source) / "config.json").read_text())
+    options = {} if "pooler_act" in config or "ViTModel" not in config["architectures"] else {"add_pooling_layer": False}
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(arguments.source, **options)
+    return huggingface_stages(model.eval(), images)
+
+
+def _original(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
+    if not arguments.original or not (Path(arguments.original) / "vit_jax" / "models_vit.py").is_file():
+        raise SystemExit(
+            f"there is no vit_jax/models_vit.py below {arguments.original or 'the current folder'}: give --original the path "
+            "of a checkout of github.com/google-research/vision_transformer"
+        )
+    sys.path.insert(0, str(Path(arguments.original).resolve()))
+    models_vit = importlib.import_module("vit_jax.models_vit")  # theirs, which needs no TensorFlow
+    import jax
+    import ml_dtypes
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    geometry = json.loads(arguments.geometry)
+    resnet = geometry["resnet"]
+    model = models_vit.VisionTransformer(
+        num_classes=geometry["num_classes"],
+        patches=SimpleNamespace(size=2 * (geometry["patch_size"],)),
+        transformer={
+            "num_layers": geometry["num_layers"],
+            "mlp_dim": geometry["mlp_dim"],
+            "num_heads": geometry["num_heads"],
+            "dropout_rate": 0.0,
+            "attention_dropout_rate": 0.0,
+        },
+        hidden_size=geometry["hidden_size"],
+        resnet=None if resnet is None else SimpleNamespace(num_layers=resnet, width_factor=geometry["resnet_width"] / 64),
+        representation_size=geometry["representation_size"] or None,
+        classifier=geometry["classifier"],
+    )
+    # The published names count the layers of a block as Linen's predecessor did; today's Linen counts those of a kind.
+    linen = {"LayerNorm_2": "LayerNorm_1", "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
+    linen |= {"MlpBlock_3": "MlpBlock_0"}
+    flat = {}
+    with np.load(arguments.source) as file:
+        for name in file.files:
+            path, leaf = tuple(linen.get(part, part) for part in name.split("/")), file[name]
+            if leaf.dtype == "V2":  # bfloat16, which NumPy stores without its meaning and theirs does not read
+                leaf = leaf.view(ml_dtypes.bfloat16).astype(np.float32)
+            flat[path] = leaf.reshape(-1) if leaf.shape[:-1] == (1, 1, 1) and path[-2].startswith("gn") else leaf
+    wanted = flatten_dict(jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"])
+    for path in sorted(wanted.keys() | flat.keys()):
+        if path not in wanted or path not in flat or wanted[path].shape != flat[path].shape:
+            raise SystemExit(f"{arguments.source}: {'/'.join(path)} is not as the original's model has it")
+
+    def captured(module: Any, _method: str) -> bool:
+        name = module.name or ""
+        return name in ("embedding", "encoder_norm", "pre_logits") or name.startswith("encoderblock_")
+
+    @jax.jit
+    def run(params: Any, images: Any) -> Any:
+        return model.apply({"params": params}, images, train=False, capture_intermediates=captured, mutable=["intermediates"])
+
+    logits, state = run(unflatten_dict(flat), images)
+    state = state["intermediates"]
+    encoder = {name: module["__call__"][0] for name, module in state["Transformer"].items()}
+    tokens = encoder.pop("encoder_norm")
+    found = {"embedding": state["embedding"]["__call__"][0]}
+    found |= {f"block_{i}": encoder[f"encoderblock_{i}"] for i in range(geometry["num_layers"])}
+    found["features"] = tokens[:, 0] if geometry["classifier"] == "token" else tokens.mean(axis=1)
+    if geometry["representation_size"]:
+        found["pre_logits"] = jax.numpy.tanh(state["pre_logits"]["__call__"][0])
+    if geometry["num_classes"]:
+        found["logits"] = logits
+    return {name: np.asarray(array) for name, array in found.items()}
+
+
+_PEERS = {"timm": _timm, "huggingface": _huggingface, "original": _original}
+_INSTALL = {
+    "timm": "pip install timm",
+    "huggingface": "pip install transformers torch",
+    "original": "pip install -r requirements.txt",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: one subcommand a peer. Exits with 2 and a sentence where the peer is not installed."""
+    parser = argparse.ArgumentParser(description="What a peer makes of the same weights, stage by stage, as an IO.npz.")
+    peers = parser.add_subparsers(dest="peer", required=True)
+    for name in _PEERS:
+        peer = peers.add_parser(name)
+        peer.add_argument("source", help="the weights" if name == "original" else "the exported folder")
+        peer.add_argument("--images", required=True, help="an npz with `images`, float32 [B, H, W, 3]")
+        peer.add_argument("--output", required=True, help="the IO.npz to write")
+        if name == "original":
+            peer.add_argument("--original", required=True, help="a checkout of github.com/google-research/vision_transformer")
+            peer.add_argument("--geometry", required=True, help="the fields of our VisionTransformer, as JSON")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything lies in the folder
+    with np.load(arguments.images) as file:
+        images = file["images"]
+    try:
+        found = _PEERS[arguments.peer](arguments, images)
+    except ImportError as error:
+        print(f"{arguments.peer} cannot be imported here ({error}): {_INSTALL[arguments.peer]}", file=sys.stderr)
+        raise SystemExit(2) from None
+    np.savez(arguments.output, images=images, maker=np.array(arguments.peer), **found)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -91,7 +91,7 @@ class ResNet(nn.Module):
     def __call__(self, images):
         x = StdConv(self.width, 7, 2, dtype=self.dtype, name="conv_root")(images)
         x = nn.relu(GroupNorm(dtype=self.dtype, name="gn_root")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")  # by keyword, as jax2onnx wants it
         for i, units in enumerate(self.blocks):
             stride = 1 if i == 0 else 2
             x = Stage(units, self.width * 2**i, stride, dtype=self.dtype, name=f"block{i + 1}")(x)

@@ -77,7 +77,7 @@ def for_training(
         else:
             boxes = geometry.random_boxes(_fold(keys, _CROP), height, width, distribution=augment.crop, area=augment.crop_area)
         flip = geometry.flips(_fold(keys, _FLIP)) if augment.flip else None
-        return _scale(geometry.crop_resize(images, boxes, size, flip), statistics), labels
+        return scale(geometry.crop_resize(images, boxes, size, flip), statistics), labels
 
     return transform
 
@@ -93,7 +93,7 @@ def for_evaluation(
 
     def transform(images: jax.Array | np.ndarray) -> jax.Array:
         _check(images)
-        return _scale(geometry.resize(jnp.asarray(images), size), statistics)
+        return scale(geometry.resize(jnp.asarray(images), size), statistics)
 
     return transform
 
@@ -103,7 +103,8 @@ def _check(images: jax.Array | np.ndarray) -> None:
         raise ValueError(f"Pictures must be uint8 of shape [batch, height, width, 3]; got {images.dtype} {list(images.shape)}.")
 
 
-def _scale(images: jax.Array, statistics: Statistics | None) -> jax.Array:
+def scale(images: jax.Array, statistics: Statistics | None) -> jax.Array:
+    """Pictures [B, H, W, 3] of values in [0, 255], less the channels' means and over their deviations; float32."""
     mean, deviation = (255 * np.reshape(s, (1, 1, 1, 3)) for s in statistics or _GOOGLE)
     return (images - mean.astype(np.float32)) / deviation.astype(np.float32)
 

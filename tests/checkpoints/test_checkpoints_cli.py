@@ -1,0 +1,157 @@
+"""The command line: what it prints and writes, and that an error is a sentence and a status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoints import download
+from vit_jax.checkpoints.__main__ import main
+from vit_jax.checkpoints.catalogue import PUBLISHED
+from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
+from vit_jax.checkpoints.load import load
+from vit_jax.models.intermediates import stages
+from vit_jax.models.variants import build, shapes
+
+META = {"normalization": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}, "image_size": 16, "class_names": ["a", "b", "c"],
+        "task": "letters"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """No test looks into what the user has fetched, or leaves this machine."""
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(download, "BUCKET", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny fine-tuned model as a run leaves it: final.npz and its JSON in a folder."""
+    model = build("B/8", hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64, num_classes=3)
+    draw = np.random.default_rng(0)
+    flat = flatten_dict(shapes(model, 16), sep="/")
+    flat = {name: draw.normal(size=leaf.shape, scale=0.2).astype(np.float32) for name, leaf in flat.items()}
+    save_npz(tmp_path / "run" / "final.npz", flat, META)
+    return tmp_path / "run"
+
+
+def equal(a: Path, b: Path) -> bool:
+    left, right = flatten_dict(load(a)[1], sep="/"), flatten_dict(load(b)[1], sep="/")
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_list_names_every_file_and_what_is_here(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(PUBLISHED) and lines[0].split()[-2:] == ["here", "mini_8"]
+    assert [line for line in lines if line.endswith("(B/16)")] and not any("here" in line for line in lines[1:])
+
+
+def test_get_prints_the_path(capsys):
+    assert main(["get", "mini_8"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "mini_8.npz"
+
+
+def test_inspect_tells_what_a_file_holds(capsys, tiny):
+    assert main(["inspect", str(tiny)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "published, 40 arrays of float32",
+        "2 blocks of 32, 2 heads, MLP 64, patches of 8",
+        "16×16 px, 2×2 patches",
+        "3 classes",
+        "pre_logits  none",
+        "class_names ['a', 'b', 'c']",
+        "no row of the table of variants",
+    ):
+        assert part in printed
+    assert main(["inspect", "mini_8"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("Mini/8: 6 blocks of 192", "104 arrays of bfloat16", "2,757,896", "64×64 px", "odd         nothing"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+def test_there_and_back_is_exact(capsys, tiny, tmp_path, to):
+    assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", to]) == 0
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "back.npz")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out"), str(tmp_path / "back.npz")]
+    assert equal(tiny / "final.npz", tmp_path / "back.npz")
+    back = read_meta(tmp_path / "back.npz")
+    assert {name: back[name] for name in ("normalization", "image_size", "class_names")} == {
+        name: META[name] for name in ("normalization", "image_size", "class_names")
+    }
+
+
+def test_convert_to_half_the_size(capsys, tiny, tmp_path):
+    assert main(["convert", str(tiny), str(tmp_path / "half.npz"), "--dtype", "bfloat16"]) == 0
+    assert read_meta(tmp_path / "half.npz") == META | {"source": "final.npz"}
+    found, whole = (flatten_dict(read_npz(path), sep="/") for path in (tmp_path / "half.npz", tiny / "final.npz"))
+    assert all(np.allclose(found[name], whole[name], rtol=2**-8, atol=0) for name in whole)
+
+
+def test_convert_to_stablehlo_by_the_suffix(capsys, tiny, tmp_path):
+    assert main(["convert", str(tiny), str(tmp_path / "x.stablehlo")]) == 0
+    assert (tmp_path / "x.stablehlo").stat().st_size > (tiny / "final.npz").stat().st_size / 2
+
+
+def test_check_reads_everything(capsys, tiny):
+    assert main(["check", str(tiny)]) == 0
+    assert "is whole: 40 arrays of finite values" in capsys.readouterr().out
+    content = (tiny / "final.npz").read_bytes()
+    (tiny / "final.npz").write_bytes(content[:3000] + bytes(4) + content[3004:])
+    assert main(["check", str(tiny)]) == 1
+    assert "CRC" in capsys.readouterr().err
+
+
+def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
+    model, params = load(tiny)
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    theirs = {name: np.asarray(value) for name, value in stages(model, params, images).items()}
+    np.savez(tmp_path / "io.npz", images=images, **theirs)
+    command = ["check", str(tiny), "--against", str(tmp_path / "io.npz")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[:-1]] == ["embedding", "block_0", "block_1", "features", "logits"]
+    assert printed.splitlines()[-1].endswith("agrees")
+    np.savez(tmp_path / "io.npz", images=images, **theirs | {"block_1": theirs["block_1"] * 1.001})
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "block_1     9.99e-04  above 1e-05" in printed and printed.splitlines()[-1].endswith("differs")
+    assert main([*command, "--tolerance", "0.01"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["get", "B/61"], "no checkpoint is published as 'B/61'; the nearest names: B/16"),
+        (["get", "ViT-B_16"], "imagenet21k/ViT-B_16.npz cannot be had"),
+        (["inspect", "nowhere.npz"], "there is no file nowhere.npz"),
+        (["inspect", "{here}"], "a folder without weights"),
+        (["convert", "mini_8", "{here}/out"], "give --to timm or --to huggingface"),
+        (["convert", "mini_8", "{here}/full", "--to", "timm"], "it exists already"),
+        (["convert", "mini_8", "{here}/x.txt", "--to", "google"], "ends in .npz"),
+        (["check", "mini_8", "--against", "nowhere.npz"], "nowhere.npz"),
+        (["check", "mini_8", "--against", "original"], "--original"),
+    ],
+)
+def test_an_error_is_one_sentence_and_a_status(capsys, tmp_path, arguments, said):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([argument.format(here=tmp_path) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert said in captured.err
+    assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == before
+
+
+def test_whoever_reads_the_list_may_stop(tmp_path):
+    command = f"{sys.executable} -m vit_jax.checkpoints list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr

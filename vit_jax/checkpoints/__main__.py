@@ -1,0 +1,151 @@
+"""The command line of the weights: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from vit_jax.checkpoints import export, parity, torch_models
+from vit_jax.checkpoints.catalogue import PUBLISHED, SHORT, resolve
+from vit_jax.checkpoints.download import fetch, find, local
+from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.inspection import inspect
+from vit_jax.checkpoints.load import meta_of, read
+from vit_jax.checkpoints.meta import image_size
+from vit_jax.models.intermediates import stages
+
+_SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 where something is amiss or differs, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.checkpoints",
+        description="Weights by name, into this machine and out of it. FILE and SOURCE are a file (npz, safetensors), a run's "
+        "folder, an exported folder or a published name.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is published, and what of it is here")
+    getting = commands.add_parser("get", help="download a published file, unless it is here, and print its path")
+    getting.add_argument("name", metavar="NAME", help='such as "B/16", "ViT-B_16" or a full AugReg name')
+    inspecting = commands.add_parser("inspect", help="what a file holds, by its headers")
+    checking = commands.add_parser("check", help="whether a file is whole, and whether it gives the numbers that others get")
+    for command in (inspecting, checking):
+        command.add_argument("file", metavar="FILE")
+    checking.add_argument(
+        "--against",
+        metavar="PEER",
+        help=f"{', '.join(parity.PEERS)}, or the path of an IO.npz (docs/checkpoints.md): compare stages",
+    )
+    checking.add_argument("--original", metavar="DIR", help="a checkout of google-research/vision_transformer")
+    checking.add_argument("--tolerance", type=float, default=1e-5, help="largest difference over largest value; default 1e-5")
+    converting = commands.add_parser("convert", help="write weights for another tool")
+    converting.add_argument("source", metavar="SOURCE")
+    converting.add_argument("destination", metavar="DESTINATION", help="a file, or for timm and huggingface a new folder")
+    converting.add_argument(
+        "--to", choices=("google", "timm", "huggingface", "onnx", "stablehlo"), help="default: by the destination's suffix"
+    )
+    converting.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights as they are stored"
+    )
+    converting.add_argument("--features", action="store_true", help="leave the head and pre_logits out")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            _list()
+        elif args.command == "get":
+            print(fetch(resolve(args.name)))
+        elif args.command == "inspect":
+            print(inspect(find(args.file)))
+        elif args.command == "check":
+            return _check(args.file, args.against, args.original, args.tolerance)
+        else:
+            convert(args.source, Path(args.destination), args.to, args.dtype, args.features)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # the machine's: no permission, a full disk, something in the way
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _list() -> None:
+    """A row a line: what it is, whether it is here, its name, and where an architecture's name alone stands for it."""
+    short = {path: variant for variant, path in SHORT.items()}
+    for name, row in PUBLISHED.items():
+        here = "here" if local(row) else ""
+        called = f"  ({short[name]})" if name in short else ""
+        print(f"{row.variant:9}{row.image_size:4} px{row.num_classes:7,} classes{row.mib:8.1f} MiB  {here:5}{name}{called}")
+
+
+def _check(source: str, against: str | None, original: str | None, tolerance: float) -> int:
+    """Reads all of a file, and compares stage by stage where asked; the exit status."""
+    if against == "original" and original is None:
+        raise CheckpointError("--against original wants --original DIR, a checkout of google-research/vision_transformer")
+    path = find(source)
+    model, params = read(path)
+    if against is None:
+        print(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values")
+        return 0
+    if against in parity.PEERS:
+        rows = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
+        size = image_size(meta_of(path), model.stride, rows)
+        images = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
+        reference = parity.peer_stages(against, model, params, meta_of(path), images, original=original, source=path)
+    else:
+        reference = parity.read_io(against)
+        images = reference["images"]
+    with jax.default_matmul_precision("highest"):  # else a GPU's products are rounded to TF32
+        ours = jax.jit(lambda params, images: stages(model, params, images))(params, images)
+    differences = parity.compare({name: np.asarray(value) for name, value in ours.items()}, reference)
+    for stage, difference in differences:
+        print(f"{stage:12}{difference:.2e}{'' if difference <= tolerance else '  above ' + format(tolerance, '.0e')}")
+    worst = max(difference for _, difference in differences)
+    print(f"largest {worst:.2e}, tolerance {tolerance:.0e}: {'agrees' if worst <= tolerance else 'differs'}")
+    return 0 if worst <= tolerance else 1
+
+
+def convert(source: str, destination: Path, to: str | None = None, dtype: str = "float32", features: bool = False) -> None:
+    """Writes weights (a file, a run's or exported folder, or a published name) for another tool, whole or not at all.
+
+    `to` is "google", "timm", "huggingface", "onnx" or "stablehlo", by default what the destination's suffix says; `dtype` is
+    that of the stored weights; `features` leaves the head and pre_logits out. CheckpointError where the other side has no
+    such model; FileExistsError where a folder is to be written and something is there.
+    """
+    to = to or next((tool for tool, suffix in _SUFFIXES.items() if suffix == destination.suffix), None)
+    if to is None:
+        raise CheckpointError(
+            f"{destination} does not say what for: give --to timm or --to huggingface, or a name that ends in "
+            + ", ".join(_SUFFIXES.values())
+        )
+    if to in _SUFFIXES and destination.suffix != _SUFFIXES[to]:
+        raise CheckpointError(f"{destination}: what is written for {to} has a name that ends in {_SUFFIXES[to]}")
+    path = find(source)
+    model, params = read(path, skip=("head", "pre_logits") if features else ())
+    meta = {"source": path.name} | meta_of(path)
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    if to == "google":
+        save_npz(destination, params, meta, stored)
+    elif to == "timm":
+        torch_models.save_timm(destination, params, meta, stored)
+    elif to == "huggingface":
+        torch_models.save_huggingface(destination, params, meta, stored)
+    elif to == "onnx":
+        export.save_onnx(destination, model, params, meta, stored)
+    else:
+        export.save_stablehlo(destination, model, params, meta, stored)
+    print(destination)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a file of weights holds, told to people."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.checkpoints.catalogue import PUBLISHED
+from vit_jax.checkpoints.google import form
+from vit_jax.checkpoints.load import meta_of, outline
+from vit_jax.checkpoints.meta import grid_of
+from vit_jax.models.variants import name_of
+from vit_jax.models.vit import VisionTransformer
+
+
+def inspect(path: Path) -> str:
+    """A text for people: form, architecture, parameters, trained resolution, head, types, hash, and whatever is odd.
+
+    An npz is judged by its headers and its hash; its values are not looked at (`check` does).
+    """
+    model, shapes = outline(path)
+    leaves = jax.tree.leaves(shapes)
+    meta = meta_of(path)
+    rows = shapes["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
+    grid = grid_of(meta, model.stride, rows)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    types = sorted({str(leaf.dtype) for leaf in leaves})
+    odd = _odd(path, model, meta, grid, types)
+    resolution = (
+        f"{grid[0] * model.stride}×{grid[1] * model.stride} px, {grid[0]}×{grid[1]} patches" if grid else f"{rows} patches"
+    )
+    hybrid = (
+        "" if model.resnet is None else f" behind a ResNet of {model.resnet or 'the root alone'}, width {model.resnet_width}"
+    )
+    known = [name for name, row in PUBLISHED.items() if row.sha256 == digest]
+    lines = {
+        "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB",
+        "form": f"{_form(path)}, {len(leaves)} arrays of {' and '.join(types)}",
+        "model": f"{name_of(model) or 'of no published size'}: {model.num_layers} blocks of {model.hidden_size}, "
+        f"{model.num_heads} heads, MLP {model.mlp_dim}, patches of {model.patch_size}{hybrid}",
+        "parameters": f"{sum(leaf.size for leaf in leaves):,}",
+        "resolution": f"{resolution}, {'with a class token' if model.classifier == 'token' else 'mean of all tokens'}",
+        "head": f"{model.num_classes:,} classes" if model.num_classes else "none",
+        "pre_logits": str(model.representation_size or "none"),
+        "sha256": digest + (f", published as {known[0]}" if known else ""),
+        "beside it": ", ".join(f"{key} {_short(value)}" for key, value in meta.items())
+        or "no JSON: Google's scaling is assumed",
+        "odd": "; ".join(odd) or "nothing",
+    }
+    return "\n".join(f"{key:12}{value}" for key, value in lines.items())
+
+
+def _form(path: Path) -> str:
+    return form(path) if path.suffix == ".npz" else "safetensors"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _odd(
+    path: Path, model: VisionTransformer, meta: dict[str, Any], grid: tuple[int, int] | None, types: list[str]
+) -> list[str]:
+    names = meta.get("class_names")
+    found = []
+    if not name_of(model):
+        found.append("the architecture is no row of the table of variants")
+    if grid is None:
+        found.append("the positions make no square, and no JSON says which rectangle")
+    if len(types) > 1:
+        found.append("arrays of several types")
+    if types and types[0] not in ("float32", "bfloat16"):
+        found.append(f"{types[0]} is not a type that Google publishes")
+    if names is not None and len(names) != model.num_classes:
+        found.append(f"the JSON beside it names {len(names)} classes")
+    if path.suffix == ".npz" and form(path) != "published":
+        found.append("the names are not spelt as in the published files (timm reads those alone)")
+    return found

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,5 @@ def save_folder(
         save_file(tensors, scratch / "model.safetensors", metadata=metadata)
         for name, text in written.items():
             (scratch / name).write_text(text, encoding="utf-8")
+        # Its library lets nobody but the owner read what it writes.
+        shutil.copymode(scratch / "config.json", scratch / "model.safetensors")

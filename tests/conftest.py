@@ -15,6 +15,12 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 _CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# No test leaves this machine or looks into what its user has fetched: other hosts are behind a proxy that is not there.
+for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    os.environ[name] = "http://127.0.0.1:9"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+os.environ["VIT_JAX_CACHE"] = str(Path(_CACHE.name) / "checkpoints")
+os.environ["HF_HOME"] = str(Path(_CACHE.name) / "hub")
 
 ROOT = Path(__file__).parents[1]
 

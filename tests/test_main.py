@@ -158,5 +158,6 @@ def test_a_checkpoint_that_is_not_there_says_where_to_get_it(main, capsys, tmp_p
     source = str(ROOT / "configs" / "cifar100_b16.py")
     assert main.main(["main.py", "--config", source, "--config.data.task=cifar100_excerpt"]) == 1
     error = capsys.readouterr().err
-    assert "there is no file ViT-B_16.npz; download https://storage.googleapis.com/" in error
+    assert "imagenet21k/ViT-B_16.npz cannot be had (https://storage.googleapis.com/" in error
+    assert "hf://google/vit-base-patch16-224-in21k/" in error and "VIT_JAX_MIRROR" in error
     assert not list(tmp_path.iterdir())

@@ -68,7 +68,7 @@ def uninterrupted(config, module_tmp):
 def test_what_a_run_leaves(uninterrupted, config):
     workdir, result = uninterrupted
     assert {path.name for path in workdir.iterdir()} - {".lock"} == {
-        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "predictions.npz"),
+        *("config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "predictions.npz"),
         *("best.npz", "best.json", "final.npz", "final.json"),
     }
     found = lines(workdir)
@@ -275,5 +275,5 @@ def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
 def test_dry_run(config):
     text = preview(config)
     assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test pictures" in text
-    assert "16 pictures of 16×16×3 in 1 slice(s) over 8 cpu device(s), jit over a mesh" in text
+    assert "16 pictures of 16×16×3 in 1 slice(s) over 8 × cpu, jit over a mesh" in text
     assert "MiB a device" in text and "12 steps, about" in text

@@ -193,7 +193,7 @@ def test_a_folder_of_something_else(tmp_path):
 
 def test_a_start_that_was_cut_off_at_once_is_in_nobodys_way(tmp_path):
     (tmp_path / ".lock").touch()
-    (tmp_path / "config.tmp").touch()
+    (tmp_path / ".config.json.7.tmp").touch()
     with saving.claim(tmp_path, Config()):
         assert (tmp_path / "config.json").exists()
 

@@ -36,6 +36,10 @@ class Layout:
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
+    def describe(self) -> str:
+        """What a run's record says of the devices and of how they are used."""
+        return f"{len(self.devices)} × {self.devices[0].device_kind}, {'pmap' if self.pmap else 'jit over a mesh'}"
+
     def check(self, batch_size: int, slices: int) -> None:
         """ConfigError unless every slice of a training batch divides among the devices."""
         if batch_size % (slices * len(self.devices)):

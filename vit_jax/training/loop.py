@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax.checkpoints.files import whole_file
 from vit_jax.config import Config, ConfigError, check
 from vit_jax.training import devices, journal, saving
 from vit_jax.training.assemble import assemble
@@ -25,21 +26,12 @@ class Result:
     finished: bool = True  # False where a signal ended the run before its last step
 
 
-def _write_predictions(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
-    scratch = path.with_suffix(".tmp.npz")
-    try:
-        np.savez(scratch, logits=logits, labels=labels)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def train(config: Config, workdir: str | os.PathLike) -> Result:
     """Runs a configuration in a working directory, or goes on with what an earlier start left there.
 
-    Leaves config.json, metrics.jsonl, TensorBoard events, checkpoints/, best.npz, final.npz (each with a JSON of the same
-    name) and predictions.npz (logits float32 [N, classes] and labels int32 [N] of the last evaluation). A SIGINT or
-    SIGTERM saves and ends it. Raises ConfigError, CheckpointError, DataError or TrainingError, each one sentence.
+    Leaves config.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints/, best.npz, final.npz (each with a
+    JSON of the same name) and predictions.npz (logits float32 [N, classes] and labels int32 [N] of the last evaluation).
+    A SIGINT or SIGTERM saves and ends it. Raises ConfigError, CheckpointError, DataError or TrainingError, each one sentence.
     """
     check(config)
     workdir, settings = Path(workdir), config.training
@@ -48,6 +40,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     saving.check(workdir, config)
     parts = assemble(config, layout)  # before anything is written: a folder is claimed for what can run
     with saving.claim(workdir, config), Guard() as guard, saving.Saver(workdir, parts.meta) as saver:
+        saving.record(workdir, layout.describe())
         restored = saver.restore(parts.abstract())
         state = layout.put(parts.state() if restored is None else restored)
         start = step = int(jax.device_get(state.step))
@@ -73,7 +66,8 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 found = {f"test/{name}": value for name, value in metrics(logits, labels).items()}
                 guard.check(step, found)
                 if step == settings.steps:
-                    _write_predictions(workdir / "predictions.npz", logits, labels)
+                    with whole_file(workdir / "predictions.npz") as file:
+                        np.savez(file, logits=logits, labels=labels)
                 return found
 
             for step in range(start + 1, settings.steps + 1):

@@ -54,7 +54,7 @@ def preview(config: Config) -> str:
         f"data        {config.data.task}: {len(parts.train_feed):,} training and {len(parts.test_feed):,} test pictures, "
         + ("on the device" if data is not None else "streamed"),
         f"batch       {settings.batch_size} pictures of {size}×{size}×3 in {settings.accumulation} slice(s) over "
-        f"{len(layout.devices)} {layout.devices[0].device_kind} device(s), {'pmap' if layout.pmap else 'jit over a mesh'}",
+        f"{layout.describe()}",
         f"memory      {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device for a step "
         f"({memory.argument_size_in_bytes / 2**20:,.0f} of state and data, {memory.temp_size_in_bytes / 2**20:,.0f} temporary)",
         f"step        {step:.3f} s, {settings.batch_size / step:,.1f} images/s",

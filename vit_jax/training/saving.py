@@ -7,8 +7,12 @@ the newest state refers to a best that is not there. Every leaf carries a SHA-25
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
+import json
 import logging
 import os
+import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.checkpoints.files import whole_file
 from vit_jax.checkpoints.google import save_npz
 from vit_jax.config import Config, ConfigError, difference, from_json, to_json
 from vit_jax.training.guard import TrainingError
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
+_CUT_OFF = re.compile(r"\.lock|\.config\.json\.\d+\.tmp")  # what a start that was cut off at once has left
 
 
 def check(workdir: Path, config: Config) -> None:
@@ -37,8 +43,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another configuration; these fields differ: {', '.join(names)}. "
                 "Name another --workdir, or set the fields back"
             )
-    # A start that was cut off at once has left these two.
-    elif workdir.exists() and (not workdir.is_dir() or {p.name for p in workdir.iterdir()} - {".lock", "config.tmp"}):
+    elif workdir.exists() and not (workdir.is_dir() and all(_CUT_OFF.fullmatch(p.name) for p in workdir.iterdir())):
         raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
 
 
@@ -56,10 +61,17 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
-        scratch = workdir / "config.tmp"
-        scratch.write_text(to_json(config))
-        os.replace(scratch, workdir / "config.json")
+        with whole_file(workdir / "config.json") as file:
+            file.write(to_json(config).encode())
         yield
+
+
+def record(workdir: Path, devices: str) -> None:
+    """Writes environment.json: the versions and devices of this start of the run, for whoever reads its figures."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    text = json.dumps({"python": platform.python_version(), **versions, "devices": devices}, indent=2, ensure_ascii=False)
+    with whole_file(workdir / "environment.json") as file:
+        file.write(text.encode() + b"\n")
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:

@@ -149,6 +149,19 @@ def test_names_of_files(name, expected):
 
 
 @pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("vit-b_16", "imagenet21k/ViT-B_16"),
+        ("Mini/8", "mini_8"),
+        ("google/vit-base-patch16-224-in21k", "imagenet21k/ViT-B_16"),
+        ("hf://timm/vit_tiny_patch16_224.augreg_in21k", "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
+    ],
+)
+def test_other_names_for_a_file(name, expected):
+    assert resolve(name) is PUBLISHED[expected]
+
+
+@pytest.mark.parametrize(
     "tail, expected",
     [
         ("L_16-i1k-300ep-lr_0.001-aug_strong2-wd_0.1-do_0.1-sd_0.1", ("L/16", 224, 1000)),

@@ -1,9 +1,13 @@
 """The command line: what it prints and writes, and that an error is a sentence and a status."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -38,7 +42,7 @@ def equal(a: Path, b: Path) -> bool:
 def test_list_names_every_file_and_what_is_here(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(PUBLISHED) and lines[0].split()[-2:] == ["here", "mini_8"]
+    assert len(lines) == len(PUBLISHED) and lines[0].split()[-3:] == ["here", "mini_8", "(Mini/8)"]
     assert [line for line in lines if line.endswith("(B/16)")] and not any("here" in line for line in lines[1:])
 
 
@@ -80,7 +84,8 @@ def test_there_and_back_is_exact(capsys, tiny, tmp_path, to):
 
 def test_convert_to_half_the_size(capsys, tiny, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "half.npz"), "--dtype", "bfloat16"]) == 0
-    assert read_meta(tmp_path / "half.npz") == META | {"source": "final.npz"}
+    about = read_meta(tmp_path / "half.npz")
+    assert about == META | {"source": "final.npz", "source_sha256": about["source_sha256"]}
     found, whole = (flatten_dict(read_npz(path), sep="/") for path in (tmp_path / "half.npz", tiny / "final.npz"))
     assert all(np.allclose(found[name], whole[name], rtol=2**-8, atol=0) for name in whole)
 
@@ -88,6 +93,49 @@ def test_convert_to_half_the_size(capsys, tiny, tmp_path):
 def test_convert_to_stablehlo_by_the_suffix(capsys, tiny, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "x.stablehlo")]) == 0
     assert (tmp_path / "x.stablehlo").stat().st_size > (tiny / "final.npz").stat().st_size / 2
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".stablehlo"])
+def test_what_is_known_of_weights_goes_with_them(capsys, tiny, tmp_path, suffix):
+    """Through another form and on to timm, of a rectangle; without the head its classes' names stay behind."""
+    model, params = load(tiny, image_size=(16, 32))
+    save_npz(tmp_path / "wide.npz", params, META | {"image_size": [16, 32]})
+    assert main(["convert", str(tmp_path / "wide.npz"), str(tmp_path / f"x{suffix}")]) == 0
+    assert main(["convert", str(tmp_path / f"x{suffix}"), str(tmp_path / "out"), "--to", "timm"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["label_names"] == META["class_names"] and config["pretrained_cfg"]["input_size"] == [3, 16, 32]
+    assert config["pretrained_cfg"]["mean"] == META["normalization"]["mean"]
+    _, again = load(tmp_path / f"x{suffix}", image_size=(16, 32))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
+    assert main(["convert", str(tmp_path / f"x{suffix}"), str(tmp_path / "f.npz"), "--features"]) == 0
+    assert "class_names" not in read_meta(tmp_path / "f.npz") and "head" not in read_npz(tmp_path / "f.npz")
+
+
+def test_inspect_tells_the_types_of_an_export(capsys, tiny, tmp_path):
+    assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", "timm", "--dtype", "bfloat16"]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "safetensors, 40 arrays of bfloat16" in capsys.readouterr().out
+
+
+FULL = """
+import resource, sys
+from vit_jax.checkpoints.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(max(main(["convert", sys.argv[1], *arguments]) != 1 for arguments in (
+    ["x.npz"], ["x.stablehlo"], ["out", "--to", "timm"], ["out", "--to", "huggingface"])))
+"""
+
+
+def test_a_full_disk_leaves_a_sentence_and_nothing_else(tiny, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_COMPILATION_CACHE_DIR": ""}
+    command = [sys.executable, "-c", FULL, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert said == [f"error: {name}: File too large" for name in ("x.npz", "x.stablehlo", "out", "out")]
+    assert not list(here.iterdir())
 
 
 def test_check_reads_everything(capsys, tiny):
@@ -117,6 +165,27 @@ def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((2, 24, 24, 3), "holds images of 24×24 pixels, the positions in .* are for 4 patches of 8×8"),
+        ((2, 17, 15, 3), "holds images of 17×15 pixels"),
+        ((0, 16, 16, 3), "should hold `images`"),
+    ],
+)
+def test_check_against_pictures_of_another_size(capsys, tiny, tmp_path, shape, said):
+    np.savez(tmp_path / "io.npz", images=np.zeros(shape, np.float32), features=np.zeros((2, 32), np.float32))
+    assert main(["check", str(tiny), "--against", str(tmp_path / "io.npz")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(f"io.npz {said}", error) and error.count("\n") == 1
+
+
+def test_a_program_is_not_read_back(capsys, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    assert main(["inspect", str(tmp_path / "x.onnx")]) == 1
+    assert "x.onnx is a program, which is written but not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["get", "B/61"], "no checkpoint is published as 'B/61'; the nearest names: B/16"),
@@ -127,7 +196,13 @@ def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
         (["convert", "mini_8", "{here}/full", "--to", "timm"], "it exists already"),
         (["convert", "mini_8", "{here}/x.txt", "--to", "google"], "ends in .npz"),
         (["check", "mini_8", "--against", "nowhere.npz"], "nowhere.npz"),
+        (["check", "mini_8", "--against", "TIMM"], "no peer of that name: timm, huggingface, original"),
         (["check", "mini_8", "--against", "original"], "--original"),
+        (["check", "mini_8", "--original", "x"], "--against original and --original DIR"),
+        (["check", "mini_8", "--tolerance", "nan"], "--tolerance"),
+        (["get", "B/16", "--best", "i21k", "--index", "nowhere.csv"], "nowhere.csv cannot be read"),
+        (["convert", "mini_8", "{here}/config.npz"], "config.npz would have its JSON in config.json"),
+        (["inspect", "/nowhere/x.npz"], "there is no file /nowhere/x.npz\n"),
     ],
 )
 def test_an_error_is_one_sentence_and_a_status(capsys, tmp_path, arguments, said):

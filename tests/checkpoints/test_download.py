@@ -609,10 +609,17 @@ def test_a_short_name_says_which_file_it_is(tmp_path, monkeypatch, caplog):
     assert f"Ti/16 is {wanted.name}, here as {path}" in caplog.text
 
 
-@pytest.mark.parametrize("source", ["nothing.npz", "somewhere/ViT-B_16.npz", "x" * 300, "ViT-S_16"])
+@pytest.mark.parametrize("source", ["nothing.npz", "somewhere/ViT-B_16.npz", "ViT-S_16"])
 def test_neither_a_file_nor_a_name(source):
     with pytest.raises(CheckpointError, match=f"there is no file {source}, and (no checkpoint|several files)"):
         find(source)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "/nowhere/ViT-B_16.npz", "./ViT-B_16", "~/ViT-B_16", "../x"])
+def test_what_can_only_be_a_path_is_offered_no_names(source):
+    with pytest.raises(CheckpointError) as error:
+        find(source)
+    assert str(error.value) == f"there is no file {source[:200]}"
 
 
 def test_augreg_s_index_is_fetched(server, tmp_path, monkeypatch):

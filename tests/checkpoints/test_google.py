@@ -257,6 +257,10 @@ def test_meta_lies_beside_the_weights(tmp_path):
     path.with_suffix(".json").write_text("{")
     with pytest.raises(CheckpointError, match="x.json is not JSON"):
         read_meta(path)
+    for text in ("[1, 2]", '"x"', "5", "true", "null"):
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(CheckpointError, match="x.json should hold an object"):
+            read_meta(path)
 
 
 def test_bfloat16_is_written_on_request(tree, tmp_path):
@@ -282,7 +286,9 @@ def test_bytes_before_the_zip_do_no_harm(tree, tmp_path):
 
 def test_a_json_of_something_else_stays(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    save_npz(tmp_path / "config.npz", {"cls": np.zeros(3)})
-    assert (tmp_path / "config.json").exists()
+    for meta in (None, {"step": 1}):
+        with pytest.raises(CheckpointError, match="config.npz would have its JSON in config.json, which is something else"):
+            save_npz(tmp_path / "config.npz", {"cls": np.zeros(3)}, meta)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match="ends in .npz, got .*config.json"):
         save_npz(tmp_path / "config.json", {"cls": np.zeros(3)}, {})

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.load import load
-from vit_jax.models.variants import build, shapes
+from vit_jax.models.variants import build, from_tree, shapes
 
 AUGREG = ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/16", "R+Ti/16", "R26+S/32", "R50+L/32")
 ORIGINAL = ("B/32", "B/16", "L/32", "L/16", "H/14", "R50+B/16")
@@ -50,6 +50,7 @@ def test_from_random_weights_to_logits(name, pre_logits, tmp_path):
 def test_the_largest_by_their_shapes(name, pre_logits):
     model = build(name, num_classes=21843, representation_size=pre_logits)
     for size in sizes(name):
+        assert from_tree(shapes(model, size)) == model
         images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         logits = jax.eval_shape(model.apply, {"params": shapes(model, size)}, images)
         assert (logits.shape, logits.dtype) == ((1, 21843), np.float32)

@@ -17,8 +17,6 @@ from vit_jax import peers
 from vit_jax.models.intermediates import stages
 from vit_jax.models.variants import shapes
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 
 def _import(name):
     for needed in ("torch", name, "safetensors"):

@@ -1,9 +1,13 @@
 """The command line of the weights: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
 
 import argparse
+import hashlib
+import io
+import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -11,12 +15,15 @@ import numpy as np
 
 from vit_jax.checkpoints import export, parity, torch_models
 from vit_jax.checkpoints.catalogue import PUBLISHED, SHORT, resolve
-from vit_jax.checkpoints.download import fetch, find, local
-from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.download import best, fetch, find, local
+from vit_jax.checkpoints.google import CheckpointError, check_sums, save_npz
 from vit_jax.checkpoints.inspection import inspect
 from vit_jax.checkpoints.load import meta_of, read
 from vit_jax.checkpoints.meta import image_size
 from vit_jax.models.intermediates import stages
+from vit_jax.models.variants import patches
+
+_log = logging.getLogger("vit_jax")
 
 _SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
 
@@ -32,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("list", help="what is published, and what of it is here")
     getting = commands.add_parser("get", help="download a published file, unless it is here, and print its path")
     getting.add_argument("name", metavar="NAME", help='such as "B/16", "ViT-B_16" or a full AugReg name')
+    getting.add_argument(
+        "--best", metavar="DS", help='of an architecture, the best of AugReg\'s files pre-trained on "i21k", "i21k_30" or "i1k"'
+    )
+    getting.add_argument("--index", metavar="CSV", help="AugReg's index.csv, which --best looks in; default: fetched")
     inspecting = commands.add_parser("inspect", help="what a file holds, by its headers")
     checking = commands.add_parser("check", help="whether a file is whole, and whether it gives the numbers that others get")
     for command in (inspecting, checking):
@@ -58,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "list":
             _list()
         elif args.command == "get":
-            print(fetch(resolve(args.name)))
+            row = best(args.name, args.best, args.index) if args.best else resolve(args.name)
+            print(fetch(row))
         elif args.command == "inspect":
             print(inspect(find(args.file)))
         elif args.command == "check":
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the list has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # the machine's: no permission, a full disk, something in the way
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -80,31 +92,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _list() -> None:
-    """A row a line: what it is, whether it is here, its name, and where an architecture's name alone stands for it."""
+    """A row a line: what it is, whether it is here, its name, and where an architecture's name alone stands for it.
+
+    "copy": what is here was converted from the hub, and may lack the head.
+    """
     short = {path: variant for variant, path in SHORT.items()}
     for name, row in PUBLISHED.items():
-        here = "here" if local(row) else ""
+        path = local(row)
+        here = "" if path is None else "copy" if "copies" in path.parts else "here"
         called = f"  ({short[name]})" if name in short else ""
         print(f"{row.variant:9}{row.image_size:4} px{row.num_classes:7,} classes{row.mib:8.1f} MiB  {here:5}{name}{called}")
 
 
 def _check(source: str, against: str | None, original: str | None, tolerance: float) -> int:
     """Reads all of a file, and compares stage by stage where asked; the exit status."""
-    if against == "original" and original is None:
-        raise CheckpointError("--against original wants --original DIR, a checkout of google-research/vision_transformer")
+    if (against == "original") != (original is not None):
+        raise CheckpointError(
+            "--against original and --original DIR, a checkout of google-research/vision_transformer, go together"
+        )
+    if not 0 < tolerance < 1:
+        raise CheckpointError(f"--tolerance is a difference over the largest value, between 0 and 1, got {tolerance}")
     path = find(source)
     model, params = read(path)
+    meta = meta_of(path)
+    if path.suffix != ".safetensors":
+        check_sums(path)
     if against is None:
-        print(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values")
+        lacks = f" (a copy without {' and '.join(meta['lacks'])})" if meta.get("lacks") else ""
+        print(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values{lacks}")
         return 0
+    reference: Any = against
     if against in parity.PEERS:
-        rows = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
-        size = image_size(meta_of(path), model.stride, rows)
+        size = image_size(meta, model.stride, patches(model, params))
         images = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
-        reference = parity.peer_stages(against, model, params, meta_of(path), images, original=original, source=path)
+        reference = parity.peer_stages(against, model, params, meta, images, original=original, source=path)
     else:
-        reference = parity.read_io(against)
-        images = reference["images"]
+        images = parity.read_io(against)["images"]
+        height, width = images.shape[1:3]
+        grid = (height // model.stride, width // model.stride)
+        if height % model.stride or width % model.stride or grid[0] * grid[1] != patches(model, params):
+            raise CheckpointError(
+                f"{against} holds images of {height}×{width} pixels, the positions in {path} are for {patches(model, params)} "
+                f"patches of {model.stride}×{model.stride}"
+            )
     with jax.default_matmul_precision("highest"):  # else a GPU's products are rounded to TF32
         ours = jax.jit(lambda params, images: stages(model, params, images))(params, images)
     differences = parity.compare({name: np.asarray(value) for name, value in ours.items()}, reference)
@@ -132,7 +162,15 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
         raise CheckpointError(f"{destination}: what is written for {to} has a name that ends in {_SUFFIXES[to]}")
     path = find(source)
     model, params = read(path, skip=("head", "pre_logits") if features else ())
-    meta = {"source": path.name} | meta_of(path)
+    meta = meta_of(path)
+    if not meta:
+        _log.warning("nothing beside %s speaks of it: Google's scaling is assumed, class names are left out", path)
+    if to in ("onnx", "stablehlo") and not model.num_classes:
+        _log.warning("%s holds no head: %s gives features", path, destination)
+    with open(path, "rb") as file:
+        meta = {"source": path.name, "source_sha256": hashlib.file_digest(file, "sha256").hexdigest()} | meta
+    if not model.num_classes:
+        meta.pop("class_names", None)
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     if to == "google":
         save_npz(destination, params, meta, stored)
@@ -148,4 +186,7 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows ASCII alone
     sys.exit(main())

@@ -146,7 +146,7 @@ _CLASSES = {"i21k": 21843, "i1k": 1000, "imagenet2012": 1000, "cifar100": 100, "
 _CLASSES |= {"kitti": 4}
 _AUGREG = re.compile(
     r"(?P<model>\w+)-(?P<data>i21k|i1k)-\d+ep-lr_[\d.]+-aug_\w+-wd_[\d.]+-do_[\d.]+-sd_[\d.]+"
-    r"(--(?P<task>\w+)-steps_\d+k-lr_[\d.]+-res_(?P<size>\d+))?"
+    r"(--(?P<task>\w+)-steps_\d+k-lr_[\d.]+-res_(?P<size>224|384))?"
 )
 
 
@@ -219,7 +219,9 @@ def _rows() -> Iterator[Published]:
 
 PUBLISHED: dict[str, Published] = {row.name: row for row in _rows()}
 # An architecture → the file that its name alone stands for.
-SHORT: dict[str, str] = {variant: f"augreg/{name}" for variant, (name, _) in _RECOMMENDED.items()}
+SHORT: dict[str, str] = {"Mini/8": "mini_8"} | {variant: f"augreg/{name}" for variant, (name, _) in _RECOMMENDED.items()}
+_SPELLINGS = {known.lower(): known for known in PUBLISHED}
+_REPOSITORIES = {repository: known for known, repositories in _COPIES.items() for repository in repositories}
 
 
 def resolve(name: str) -> Published:
@@ -227,12 +229,14 @@ def resolve(name: str) -> Published:
 
     A path in the bucket, with or without ".npz", gs://vit_models/ or the bucket's address before it; an architecture
     ("B/16", "R_Ti_16"): AugReg's recommended file; a file's name alone: the original ImageNet-21k file where there is one
-    ("ViT-B_16"), else the only file that is called so; the name of any of AugReg's files, in the table or not.
+    ("ViT-B_16"), else the only file that is called so; the name of any of AugReg's files, in the table or not; a
+    repository on the hub that holds a copy ("timm/vit_base_patch16_224.augreg_in21k").
     """
     short = name.removesuffix(".npz").removeprefix("gs://vit_models/").removeprefix(f"{BUCKET}/").replace("%2B", "+")
-    for known in (short, SHORT.get(_VARIANTS.get(_plain(short), ""), ""), f"imagenet21k/{short}", f"augreg/{short}"):
-        if known in PUBLISHED:
-            return PUBLISHED[known]
+    variant, repository = _VARIANTS.get(_plain(short), ""), _REPOSITORIES.get(short.removeprefix("hf://"), "")
+    for known in (short, SHORT.get(variant, ""), repository, f"imagenet21k/{short}", f"augreg/{short}"):
+        if known.lower() in _SPELLINGS:
+            return PUBLISHED[_SPELLINGS[known.lower()]]
     if row := _augreg(short.removeprefix("augreg/")):
         return row
     same = [known for known in PUBLISHED if known.endswith(f"/{short}")]
@@ -241,7 +245,8 @@ def resolve(name: str) -> Published:
     if same:
         raise CheckpointError(f"several files are published as {name!r}; say which: {', '.join(same)}")
     names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *_RECOMMENDED]
-    near = difflib.get_close_matches(short, dict.fromkeys(names), n=3, cutoff=0)
+    plain = {_plain(known): known for known in reversed(names)}
+    near = [plain[match] for match in difflib.get_close_matches(_plain(short), plain, n=3, cutoff=0)]
     raise CheckpointError(f"no checkpoint is published as {name!r}; the nearest names: {', '.join(near)}")
 
 

@@ -15,8 +15,6 @@ import os
 import re
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vit_jax.checkpoints import catalogue
 from vit_jax.checkpoints.catalogue import BUCKET, PUBLISHED, Published, resolve
-from vit_jax.checkpoints.google import CheckpointError, read_shapes, save_npz
+from vit_jax.checkpoints.google import CheckpointError, check_sums, read_meta, read_shapes, save_npz
 from vit_jax.checkpoints.torch_files import read_safetensors
-from vit_jax.models.variants import build, from_tree
+from vit_jax.models.variants import build, from_tree, patches
 
 _log = logging.getLogger("vit_jax")
 
@@ -74,10 +72,14 @@ def find(source: str | os.PathLike, complete: bool = False) -> Path:
                 f"{path} is a folder without weights: it holds neither final.npz nor best.npz, as a run's does, nor "
                 "model.safetensors, as an exported one does; name the file"
             ) from None
+        if len(source) > 200 or source.startswith(("/", ".", "~")):  # which no published name is or does
+            raise CheckpointError(f"there is no file {source[:200]}") from None
         raise CheckpointError(f"there is no file {source}, and {error}") from None
     found = fetch(row, complete=complete)
     if source.removesuffix(".npz") != row.name:
         _log.warning("%s is %s, here as %s", source, row.name, found)
+    if lacks := (read_meta(found) or {}).get("lacks"):
+        _log.warning("it is a copy without %s", " and ".join(lacks))
     return found
 
 
@@ -216,7 +218,7 @@ def _check_tree(path: Path, tree: dict[str, Any], row: Published, headless: bool
     wanted = build(row.variant)
     try:
         model = from_tree(tree)
-        rows = tree["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
+        rows = patches(model, tree)
     except (ValueError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} holds no Vision Transformer: {error}") from None
     for field in ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim", "resnet"):
@@ -227,17 +229,6 @@ def _check_tree(path: Path, tree: dict[str, Any], row: Published, headless: bool
         raise CheckpointError(f"{path} has a head of {model.num_classes} classes, that of {row.name} has {row.num_classes}")
     if rows != (row.image_size // model.stride) ** 2:
         raise CheckpointError(f"{path} has positions for {rows} patches, {row.name} was trained at {row.image_size} pixels")
-
-
-def _check_sums(path: Path) -> None:
-    """CheckpointError unless every array of an npz has the checksum it was written with."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from None
-    if damaged:
-        raise CheckpointError(f"{path}: {damaged!r} is damaged (its checksum is another)")
 
 
 def _sha256(path: Path) -> str:
@@ -282,7 +273,7 @@ def _download(address: str, target: Path, check: Callable[[Path], None], size: i
         try:
             check(part)
             if target.suffix == ".npz":
-                _check_sums(part)
+                check_sums(part)
         except CheckpointError as error:
             part.unlink()  # or the next try would go on from it
             raise _Refused(f"not that file: {str(error).replace(str(part), 'it')}") from None
@@ -366,7 +357,7 @@ def _request(address: str, part: Path, size: int | None, title: str) -> None:
         if size is not None and total is not None and total != size:
             raise _Refused(f"{total} bytes, expected {size}")
         mib = f"{total / 2**20:.0f} MiB" if total else "of unknown size"
-        _log.warning("fetching %s (%s%s)", address, f"on from byte {there} of " if there else "", mib)
+        _log.warning("fetching %s (%s%s)", address, f"on from {there / 2**20:.0f} of " if there else "", mib)
         if not there:
             part.unlink(missing_ok=True)  # before the state changes: old bytes never stand under a new validator
             etag = response.headers.get("ETag", "")

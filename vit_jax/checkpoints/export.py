@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.files import whole_file
 from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.meta import class_names, image_size, statistics
+from vit_jax.models.variants import patches
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.transforms.preprocess import scale
 
@@ -31,6 +32,8 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _OPSET = 21  # of ONNX: the first whose GroupNormalization scales channels, not groups
 _ONNX_LARGEST = 2**31 - 2**24  # bytes of weights: a protobuf message ends at 2 GiB
 _ONNX_TOLERANCE = 1e-3  # of the largest output: wide enough for any rounding, and a wrong conversion is off by far more
+
+_ABOUT_THE_PROGRAM = ("input", "outputs", "resize", "dtype", "platforms", "calling_convention")
 
 Forward = Callable[[Mapping[str, Any], Any], jax.Array]
 
@@ -40,11 +43,10 @@ def _describe(
 ) -> dict[str, Any]:
     """`meta` with its defaults, and what a server has to know besides; CheckpointError where it contradicts the model."""
     about = {name: value for name, value in (meta or {}).items() if value is not None}
-    patches = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
     try:
         mean, deviation = statistics(about)
         names = class_names(about, model.num_classes)
-        sides = image_size(about, model.stride, patches)
+        sides = image_size(about, model.stride, patches(model, params))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     about |= {
@@ -120,6 +122,16 @@ def save_stablehlo(
         np.savez(file, **flat)  # type: ignore[arg-type]
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What a StableHLO file says of its weights, in the terms of the JSON beside an npz; CheckpointError where it cannot."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+        return {name: value for name, value in about.items() if name not in _ABOUT_THE_PROGRAM}
+    except Exception as error:  # zip, NumPy, JSON and what is no object each raise their own
+        raise CheckpointError(f"{path} is no StableHLO file of ours, or is damaged ({error})") from None
+
+
 @contextlib.contextmanager
 def _converting(path: Path) -> Iterator[None]:
     """jax2onnx at work: no debugging prints, no log of the plugins it cannot load, and its errors in a sentence."""
@@ -131,7 +143,8 @@ def _converting(path: Path) -> Iterator[None]:
             yield
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{path} is not written, for {error.name} is not installed: pip install 'vit_jax[export]', or pip install jax2onnx"
+            f"{path} is not written, for {error.name} is not installed: pip install jax2onnx==0.13.0 onnxruntime, "
+            "or from a clone pip install .[export]"
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -39,6 +39,7 @@ _NUMPY = {
     b"\x93NUMPY\x02\x00": (4, np.lib.format.read_array_header_2_0),
 }
 _LONGEST_HEADER = 1024  # bytes; an array of weights needs 118
+_TAKEN = ("config", "preprocessor_config", "environment")  # names of JSON files that speak of something else
 _CHUNK = 2**20  # bytes read at a time
 _READERS = 4  # threads: sums of bytes and copies run beside each other
 _LARGEST_RATIO = 16  # of what a file unpacks to over its size; float32 weights stored in the best of ways stay below 3
@@ -253,6 +254,8 @@ def save_npz(
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"weights are saved in a file whose name ends in .npz, got {path}")
+    if path.stem in _TAKEN:
+        raise CheckpointError(f"{path} would have its JSON in {path.stem}.json, which is something else; take another name")
     text = None if meta is None else json.dumps(dict(meta), indent=2) + "\n"  # what fails here fails before anything is written
     flat = {}
     for name, leaf in flatten_dict(dict(params), sep="/").items():
@@ -274,6 +277,20 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        return json.loads(beside.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{beside} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{beside} should hold an object, which describes the weights, holds {str(found)[:40]!r}")
+    return found
+
+
+def check_sums(path: Path) -> None:
+    """CheckpointError unless every member of an npz has the checksum it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zip and zlib each raise their own
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    if damaged:
+        raise CheckpointError(f"{path}: {damaged!r} is damaged (its checksum is another)")

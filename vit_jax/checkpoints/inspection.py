@@ -10,23 +10,24 @@ from vit_jax.checkpoints.catalogue import PUBLISHED
 from vit_jax.checkpoints.google import form
 from vit_jax.checkpoints.load import meta_of, outline
 from vit_jax.checkpoints.meta import grid_of
-from vit_jax.models.variants import name_of
+from vit_jax.checkpoints.torch_files import stored_types
+from vit_jax.models.variants import name_of, patches
 from vit_jax.models.vit import VisionTransformer
 
 
 def inspect(path: Path) -> str:
     """A text for people: form, architecture, parameters, trained resolution, head, types, hash, and whatever is odd.
 
-    An npz is judged by its headers and its hash; its values are not looked at (`check` does).
+    An npz is judged by its headers and its hash, its values are not looked at (`check` does); safetensors are read.
     """
     model, shapes = outline(path)
     leaves = jax.tree.leaves(shapes)
     meta = meta_of(path)
-    rows = shapes["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
+    rows = patches(model, shapes)
     grid = grid_of(meta, model.stride, rows)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    types = sorted({str(leaf.dtype) for leaf in leaves})
+    types = stored_types(path) if path.suffix == ".safetensors" else sorted({str(leaf.dtype) for leaf in leaves})
     odd = _odd(path, model, meta, grid, types)
     resolution = (
         f"{grid[0] * model.stride}×{grid[1] * model.stride} px, {grid[0]}×{grid[1]} patches" if grid else f"{rows} patches"
@@ -53,7 +54,7 @@ def inspect(path: Path) -> str:
 
 
 def _form(path: Path) -> str:
-    return form(path) if path.suffix == ".npz" else "safetensors"
+    return "safetensors" if path.suffix == ".safetensors" else form(path)
 
 
 def _short(value: Any) -> str:
@@ -74,8 +75,10 @@ def _odd(
         found.append("arrays of several types")
     if types and types[0] not in ("float32", "bfloat16"):
         found.append(f"{types[0]} is not a type that Google publishes")
-    if names is not None and len(names) != model.num_classes:
-        found.append(f"the JSON beside it names {len(names)} classes")
+    if names is not None and (not isinstance(names, list) or len(names) != model.num_classes):
+        found.append("the class names beside it are not as many as its classes")
+    if meta.get("lacks"):
+        found.append(f"a copy without {' and '.join(meta['lacks'])}")
     if path.suffix == ".npz" and form(path) != "published":
         found.append("the names are not spelt as in the published files (timm reads those alone)")
     return found

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.download import find
+from vit_jax.checkpoints.export import read_about
 from vit_jax.checkpoints.google import CheckpointError, read_meta, read_npz, read_shapes
 from vit_jax.checkpoints.meta import grid_of
 from vit_jax.checkpoints.torch_files import read_config, read_safetensors
@@ -77,13 +78,15 @@ def _model_of(params: dict[str, Any], source: str) -> VisionTransformer:
 
 
 def _is_safetensors(path: Path) -> bool:
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path} is a program, which is written but not read; give the weights that it was made of")
     return path.suffix == ".safetensors"
 
 
 def outline(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The model that a file of weights holds, and its tree of shapes and stored types; values are not looked at.
+    """The model that a file of weights holds, and its tree of shapes; CheckpointError as `load`.
 
-    An npz in one of Google's forms is judged by its headers. CheckpointError as `load`.
+    An npz in one of Google's forms is judged by its headers, and the types are those on disk; safetensors are read.
     """
     tree = read_safetensors(path, skip) if _is_safetensors(path) else read_shapes(path, skip)
     return _model_of(tree, str(path)), tree
@@ -101,6 +104,8 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dic
 
 def meta_of(path: Path) -> dict[str, Any]:
     """What lies beside a file of weights and speaks of them, in the terms of the JSON beside an npz; may be empty."""
+    if path.suffix == ".stablehlo":
+        return read_about(path)
     return (read_config(path) if _is_safetensors(path) else read_meta(path)) or {}
 
 

@@ -37,11 +37,12 @@ def read_io(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 raise ValueError("it is a single array")
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
+        raise CheckpointError(f"there is no file {path}, and no peer of that name: {', '.join(PEERS)}") from None
     except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as an IO.npz ({reason})") from None
-    if "images" not in arrays or arrays["images"].dtype.kind != "f" or arrays["images"].shape[3:] != (3,):
+    images = arrays.get("images")
+    if images is None or images.dtype.kind != "f" or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise CheckpointError(f"{path} should hold `images` as a model gets them, float32 [B, H, W, 3]")
     return {name: array for name, array in arrays.items() if array.dtype.kind == "f" and array.ndim}
 

@@ -4,6 +4,7 @@ The format has no checksums. A file that is written here carries the hash of eve
 attention heads, which no tensor tells.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -98,6 +99,21 @@ def _config_heads(path: Path, with_class_token: bool) -> int | None:
     return found
 
 
+def stored_types(path: str | os.PathLike) -> list[str]:
+    """The types in a safetensors file, as NumPy calls them; CheckpointError as `read_safetensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    _check_header(path)
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({error})") from None
+    return sorted(names.get(kind, kind) for kind in found)
+
+
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """What config.json and preprocessor_config.json beside a safetensors file say, in the terms of the JSON beside an npz.
 
@@ -110,8 +126,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}") from None
     timm = config.get("pretrained_cfg")
     timm = timm if isinstance(timm, dict) else {}
+    names: Any
     names, labels = config.get("label_names"), config.get("id2label")
-    if isinstance(labels, dict) and all(map(str.isdigit, labels)):
+    if isinstance(labels, dict) and all(re.fullmatch(r"[0-9]{1,9}", number) for number in labels):
         names = [labels[i] for i in sorted(labels, key=int)]
     shape = timm.get("input_size")
     meta = {
@@ -123,13 +140,16 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         "class_names": names,
     }
     size = meta["image_size"]
-    if isinstance(size, list) and len(set(size)) == 1:
+    if not all(type(side) is int for side in (size if isinstance(size, list) else [size])):
+        del meta["image_size"]
+    elif isinstance(size, list) and len(set(size)) == 1:
         meta["image_size"] = size[0]
     try:
         statistics(meta)
     except CheckpointError:
         del meta["normalization"]
-    if not isinstance(names, list) or names == [f"LABEL_{i}" for i in range(len(names))]:  # which transformers makes up
+    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not strings or names[:1] == ["LABEL_0"]:  # which transformers makes up
         del meta["class_names"]
     return {name: value for name, value in meta.items() if value is not None}
 
@@ -183,6 +203,7 @@ def save_folder(
     folder: str | os.PathLike, tensors: dict[str, np.ndarray], heads: int, dtype: Any, texts: Mapping[str, dict[str, Any]]
 ) -> None:
     """A folder with the tensors, what is needed to read them back, and the texts; whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if np.dtype(dtype) not in (np.float32, ml_dtypes.bfloat16):
@@ -193,7 +214,12 @@ def save_folder(
     metadata = {"format": "pt", "num_heads": str(heads), _HASHES: json.dumps(hashes)}
     written = {name: json.dumps(text, indent=2, ensure_ascii=False) + "\n" for name, text in texts.items()}
     with whole_folder(Path(folder)) as scratch:
-        save_file(tensors, scratch / "model.safetensors", metadata=metadata)
+        try:
+            save_file(tensors, scratch / "model.safetensors", metadata=metadata)
+        except SafetensorError as error:  # what the disk refuses comes as words
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
         for name, text in written.items():
             (scratch / name).write_text(text, encoding="utf-8")
         # Its library lets nobody but the owner read what it writes.

@@ -12,7 +12,7 @@ from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.meta import class_names, image_size, statistics
 from vit_jax.checkpoints.torch_files import save_folder
 from vit_jax.checkpoints.torch_names import BACKBONE, HUGGINGFACE, TIMM, spelling, to_torch
-from vit_jax.models.variants import VARIANTS, from_tree, name_of
+from vit_jax.models.variants import VARIANTS, from_tree, name_of, patches
 from vit_jax.models.vit import VisionTransformer
 
 _log = logging.getLogger("vit_jax")
@@ -43,11 +43,6 @@ def _model(params: Mapping[str, Any]) -> VisionTransformer:
         raise CheckpointError(f"the parameters are no Vision Transformer's: {error}") from None
 
 
-def _size(model: VisionTransformer, params: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[int, int]:
-    rows = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-    return image_size(meta, model.stride, rows - (model.classifier == "token"))
-
-
 def to_timm(params: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """timm's tensors (float32) and config.json, with which timm.create_model("local-dir:FOLDER", pretrained=True) agrees.
 
@@ -66,7 +61,7 @@ def to_timm(params: Mapping[str, Any], meta: Mapping[str, Any] | None = None) ->
         raise CheckpointError(
             f"timm has no hybrid whose ResNet has stages of {list(model.resnet or ())} units and {model.resnet_width} channels"
         )
-    height, width = _size(model, params, meta)
+    height, width = image_size(meta, model.stride, patches(model, params))
     root = None if model.resnet is None else f"{BACKBONE}stem." if model.resnet else BACKBONE
     units = [(stage, unit) for stage, units in enumerate(model.resnet or ()) for unit in range(units)]
     ratio = model.mlp_dim / model.hidden_size
@@ -139,7 +134,7 @@ def to_huggingface(
                          "for ViTForImageClassification has no pooler", model.num_classes)  # fmt: skip
     if not classifier:
         params = {name: module for name, module in params.items() if name != "head"}
-    height, width = _size(model, params, meta)
+    height, width = image_size(meta, model.stride, patches(model, params))
     names = class_names(meta, model.num_classes) if classifier else None
     labels = (
         {}

@@ -98,6 +98,11 @@ def shapes(model: VisionTransformer, image_size: int | tuple[int, int] = 224) ->
     return {**one, "Transformer": {**one["Transformer"], **blocks}}
 
 
+def patches(model: VisionTransformer, tree: Mapping[str, Any]) -> int:
+    """How many patches a model's positions are for; `tree` holds arrays or their shapes."""
+    return tree["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.classifier == "token")
+
+
 def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
     """The number of the model's parameters; `image_size` matters, for the positions are parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_size)))

@@ -1,0 +1,49 @@
+"""The command line of the reports: `python -m vit_jax.reports RUN [RUN …] --help`."""
+
+import argparse
+import os
+import sys
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes one page; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.reports",
+        description="A page about a run, at any time, also while it goes on; of several runs one that compares them.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/demo")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the run's folder, comparison.html beside the first of several"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=6, metavar="N", help="test pictures to show the attention on; default 6"
+    )
+    parser.add_argument(
+        "--layers", type=_numbers, default=[], metavar="N,…", help="show these layers' attention apart, counted from 1"
+    )
+    parser.add_argument(
+        "--heads", type=_numbers, default=[], metavar="N,…", help="these heads' alone, in the last layer or in --layers"
+    )
+    args = parser.parse_args(argv)
+    # A report never takes the accelerator from the run that it is about.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from vit_jax.reports.page import write
+    from vit_jax.reports.runs import ReportError
+
+    try:
+        print(write(*args.runs, output=args.output, pictures=args.pictures, layers=args.layers, heads=args.heads))
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # the machine's: no permission, a full disk, something in the way
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

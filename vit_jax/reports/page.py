@@ -1,0 +1,232 @@
+"""A page about a run, or about several beside each other: one HTML file that needs no other and no network."""
+
+import base64
+import html
+import io
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoints.files import whole_file
+from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.config import difference, fields
+from vit_jax.data.tasks import DataError
+from vit_jax.reports import drawings, figures
+from vit_jax.reports.drawings import Drawing, Look
+from vit_jax.reports.runs import Missing, ReportError, Run, read, repeated
+
+_NONE = "–"
+_STYLE = """
+:root { font: 100%/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1b1b1b }
+body { max-width: 70rem; margin: 0 auto; padding: 1rem; background: #fff; overflow-wrap: anywhere }
+h1 { margin: .5rem 0; font-size: 1.7rem }
+h2 { margin: 2.2rem 0 .8rem; padding-bottom: .2rem; font-size: 1.2rem; border-bottom: 2px solid #0072b2; break-after: avoid }
+h3 { margin: 0 0 .4rem; font-size: 1rem }
+.headline { font-size: 1.1rem }
+.headline strong { font-size: 1.5em }
+.note { padding: .6rem .8rem; background: #fdf3e4; border-left: 4px solid #e69f00 }
+table { border-collapse: collapse; max-width: 100%; font-size: .92rem }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4 }
+th { font-weight: normal; color: #555 }
+.numbers { overflow-x: auto }
+.numbers td, .numbers th + th { overflow-wrap: normal; font-variant-numeric: tabular-nums }
+.numbers th:first-child { min-width: 5rem }
+.figures, .settings table { display: block; columns: 2 24rem; column-gap: 2.5rem }
+figure { margin: 0 0 1.8rem; break-inside: avoid }
+img { display: block; max-width: 100%; height: auto }
+figcaption { max-width: 500px; margin-top: .3rem; color: #444; font-size: .86rem }
+tr { break-inside: avoid }
+@media (max-width: 30rem) { th, td { padding-right: .6rem; font-size: .82rem } }
+@media print { body { padding: 0; font-size: 10pt } .figures, .settings table { columns: 2 16rem } th, td { font-size: 8pt } }
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def write(
+    *runs: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    pictures: int = 6,
+    layers: Sequence[int] = (),
+    heads: Sequence[int] = (),
+) -> Path:
+    """Writes the page about a run, or one that compares several; returns its path.
+
+    Args:
+      runs: folders that main.py has trained in; a run may still go on.
+      output: the page; None: `report.html` in the run's folder, or `comparison.html` beside the first of several. A single
+        run's figures are also written as files, into the folder `figures` beside the page.
+      pictures: how many test pictures are shown with the model's attention. Nothing else is computed by a model.
+      layers, heads: those whose attention is shown apart, counted from 1. Heads alone are the last layer's, layers alone are
+        shown with all their heads.
+
+    Raises ReportError for a folder that is no run, a configuration that cannot be read, and a layer or head that the model
+    does not have; OSError where the page cannot be written. Everything else that is not there is said on the page.
+    """
+    if not runs or pictures < 1:
+        raise ReportError("a report takes a run's folder and shows at least one picture")
+    found = [read(Path(run)) for run in runs]
+    if len(found) == 1:
+        path = Path(output) if output else found[0].path / "report.html"
+        title, body = found[0].name, _report(found[0], path.parent / "figures", Look(pictures, tuple(layers), tuple(heads)))
+    else:
+        path = Path(output) if output else found[0].path.resolve().parent / "comparison.html"
+        title, body = "Runs compared", _comparison(found)
+    with whole_file(path) as file:
+        file.write(_PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body)).encode())
+    return path
+
+
+def _report(run: Run, folder: Path, look: Look) -> Iterator[str]:
+    yield f"<h1>{html.escape(run.name)}</h1>"
+    yield from _summary(run)
+    parts: dict[str, tuple[Iterator[Drawing], ...]] = {
+        "Training": (drawings.learning(run), drawings.training_pictures(run)),
+        "Attention": (drawings.looks(run, look),),
+        "Predictions": (drawings.predicted(run),),
+        "Weights": (drawings.weights(run),),
+    }
+    for title, several in parts.items():
+        yield f'<section>\n<h2>{title}</h2>\n<div class="figures">'
+        notes = []
+        for some in several:
+            try:
+                for drawing in some:
+                    yield _drawn(drawing, folder)
+            except (Missing, DataError, CheckpointError) as error:
+                notes.append(f'<p class="note">{html.escape(str(error))}</p>')
+        yield "\n".join(["</div>", *notes, "</section>"])
+    values = {name: value for name, (value, _) in fields(run.config).items() if name != "run.expected"}
+    yield f'<section class="settings">\n<h2>Configuration</h2>\n{_table(list(values.items()))}\n</section>'
+
+
+def _summary(run: Run) -> Iterator[str]:
+    """The headline, the figures beside what was expected, and what was run."""
+    last, best, speed = run.evaluations[-1] if run.evaluations else {}, run.best or {}, run.speed()
+    steps, expected = run.config.training.steps, run.config.run.expected
+    if run.finished:
+        yield (
+            f'<p class="headline"><strong>{_number("accuracy", last["test/accuracy"])}</strong> of the test pictures after the '
+            f"last step, {steps}. Best evaluation {_number('accuracy', best['test/accuracy'])}, step {best['step']:.0f}, "
+            "chosen on the test split.</p>"
+        )
+    else:
+        where = f"step {run.step} of {steps}" if run.metrics else "there are no metrics yet"
+        so_far = "no evaluation yet"
+        if last:
+            so_far = f"{_number('accuracy', last['test/accuracy'])} of the test pictures at step {last['step']:.0f}"
+        yield f'<p class="headline"><strong>Not finished</strong>: {where}; {so_far}.</p>'
+    names = [name for name in ("test/accuracy", "test/accuracy_top5", "test/loss") if name in last]
+    rows: list[Sequence[Any]] = [("", "final" if run.finished else "latest", "best", "expected", "off by")]
+    for name in dict.fromkeys([*names, *expected]):
+        value, wanted = last.get(name), expected.get(name)
+        gap = value - wanted if value is not None and wanted is not None else None
+        values = (_number(name, x) for x in (value, best.get(name), wanted))
+        rows.append((name.replace("/", " ").replace("_", " "), *values, _number(name, gap, "+").removesuffix("\u00a0%")))
+    if len(rows) > 1:
+        yield _table(rows, head=True)
+    start = run.config.model.checkpoint or f"random weights, {run.config.model.variant}"
+    if digest := run.meta.get("source_sha256"):
+        start += f", SHA-256 {digest}"
+    took = f"{_duration(speed[0])}, without compiling, evaluating and saving" if speed else "not known yet"
+    facts = {
+        "task": run.config.data.task,
+        "started from": start,
+        "picture size": f"{run.config.data.image_size} px",
+        "length": f"{steps} steps of {run.config.training.batch_size} pictures",
+        "seed": run.config.seed,
+        "time in training steps": took,
+        "pictures/s": f"{_rate(speed)}, the median of the steps" if speed else "not known yet",
+        **(run.environment or {"versions, device": "not recorded by this run"}),
+    }
+    yield f"<section>\n<h2>What was run</h2>\n{_table(list(facts.items()))}\n</section>"
+
+
+def _comparison(runs: Sequence[Run]) -> Iterator[str]:
+    names = [run.name for run in runs]
+    labels = [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
+    label_of = {id(run): label for run, label in zip(runs, labels, strict=True)}
+    yield "<h1>Runs compared</h1>"
+    rows: list[Sequence[Any]] = [("", "final", "best", "expected", "img/s")]
+    for run, label in zip(runs, labels, strict=True):
+        best, expected = (_number("accuracy", of.get("test/accuracy")) for of in (run.best or {}, run.config.run.expected))
+        final = f"step {run.step}/{run.config.training.steps}"
+        if run.finished:
+            final = _number("accuracy", run.evaluations[-1]["test/accuracy"])
+        rows.append((label, final, best, expected, _rate(run.speed())))
+    yield f"<p>Accuracy on the test split.</p>\n{_table(rows, head=True)}"
+    for group in repeated([run for run in runs if run.finished]):
+        finals = [100 * run.evaluations[-1]["test/accuracy"] for run in group]
+        mean, deviation = statistics.mean(finals), statistics.stdev(finals)
+        which = html.escape(", ".join(label_of[id(run)] for run in group))
+        yield (
+            f'<p class="headline"><strong>{mean:.2f} ± {deviation:.2f}\u00a0%</strong> after the last step: mean ± sample '
+            f"deviation of {len(group)} runs that differ in the seed alone ({which}).</p>"
+        )
+    yield "<h2>Settings that differ</h2>"
+    values_of = [fields(run.config) for run in runs]
+    differing = [name for name in values_of[0] if any(name in difference(runs[0].config, run.config) for run in runs)]
+    rows = [("", *labels), *((name, *(values[name][0] for values in values_of)) for name in differing)]
+    yield _table(rows, head=True) if differing else '<p class="note">None that changes the numbers.</p>'
+    figure = figures.curves({label: run.metrics for label, run in zip(labels, runs, strict=True)})
+    caption = "A colour a run: loss in training as a running mean (dashed) and on the test split, test accuracy, learning rate."
+    yield f'<h2>Learning</h2>\n<div class="figures">{_drawn(Drawing("curves", "Learning curves", figure, caption))}</div>'
+
+
+def _drawn(drawing: Drawing, folder: Path | None = None) -> str:
+    """The figure as HTML, also written into a folder."""
+    buffer = io.BytesIO()
+    drawing.figure.savefig(buffer, format="png", dpi=figures.DPI)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{drawing.name}.png").write_bytes(buffer.getvalue())
+    width, height = (round(100 * inches) for inches in drawing.figure.get_size_inches())
+    title, caption = html.escape(drawing.title), html.escape(drawing.caption)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure>\n<h3>{title}</h3>\n<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{title}: {caption}">\n<figcaption>{caption}</figcaption>\n</figure>'
+    )
+
+
+def _table(rows: Sequence[Sequence[Any]], head: bool = False) -> str:
+    """An HTML table whose first column holds headings; of numbers, where `head`, whose first row does too."""
+    lines = []
+    for number, row in enumerate(rows):
+        kinds = ["th"] * len(row) if head and not number else ["th", *["td"] * (len(row) - 1)]
+        cells = (f"<{kind}>{html.escape(str(cell))}</{kind}>" for kind, cell in zip(kinds, row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    table = "<table>\n" + "\n".join(lines) + "\n</table>"
+    return f'<div class="numbers">\n{table}\n</div>' if head else table
+
+
+def _number(name: str, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return _NONE
+    return f"{100 * value:{sign}.2f}\u00a0%" if "accuracy" in name else f"{value:{sign}.3g}"
+
+
+def _rate(speed: tuple[float, float] | None) -> str:
+    return _NONE if speed is None else f"{speed[1]:,.0f}" if speed[1] >= 10 else f"{speed[1]:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

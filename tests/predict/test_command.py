@@ -1,0 +1,125 @@
+"""The command line: every picture answered or named, whatever else is wrong."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.predict.__main__ import main
+
+from .conftest import NAMES, save
+
+
+@pytest.fixture
+def folder(noise, tmp_path):
+    """Three good pictures, of which one lies deeper, and two bad ones."""
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "c.png", "deep/d.png"):
+        Image.fromarray(noise(20, 40)).save(tmp_path / name)
+    (tmp_path / "b.jpg").write_text("no picture")
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    return tmp_path
+
+
+def test_every_picture_is_answered_or_named(run, classify, folder, capsys):
+    good = [str(folder / name) for name in ("a.png", "c.png", "deep/d.png")]
+    assert main(["--checkpoint", str(run), "--json", "--top", "3", str(folder), str(folder / "none.png")]) == 1
+    out, error = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["picture"] for line in lines] == good
+    for line, expected in zip(lines, classify(good, top=3), strict=True):
+        assert [found["name"] for found in line["predictions"]] == [name for name, _ in expected]
+        np.testing.assert_allclose([found["probability"] for found in line["predictions"]], [p for _, p in expected], atol=1e-6)
+    said = error.splitlines()
+    assert len(said) == 3 and all(sentence.startswith("error: ") for sentence in said)
+    assert f"{folder}/b.jpg is no picture" in said[0] and f"{folder}/e.png cannot be read" in said[1] and "none.png" in said[2]
+
+
+def test_text_for_people(run, classify, folder, capsys):
+    assert main(["--checkpoint", str(run), str(folder / "a.png"), str(folder / "c.png"), "--top", "2"]) == 0
+    out, error = capsys.readouterr()
+    ((first, share), _), _ = classify([folder / "a.png", folder / "c.png"], top=2)
+    assert out.splitlines()[:2] == [str(folder / "a.png"), f"{share:8.2%}  {first}"]
+    assert len(out.splitlines()) == 6 and error == ""
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_small_batches(run, folder, capsys, batch_size):
+    assert main(["--checkpoint", str(run), "--json", "--batch_size", batch_size, str(folder)]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_standard_input(run, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes())))
+    assert main(["--checkpoint", str(run), "-", "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["picture"] == "standard input" and {found["name"] for found in line["predictions"]} < set(NAMES)
+    assert main(["--checkpoint", str(run), "-"]) == 1
+    assert capsys.readouterr().err == "error: standard input is empty\n"
+
+
+def test_attention_is_drawn(run, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes())))
+    out = folder / "new" / "attention.png"
+    assert main(["--checkpoint", str(run), str(folder), "-", "--attention", str(out)]) == 1
+    assert len([line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]) == 4
+    with Image.open(out) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+    assert [path.name for path in out.parent.iterdir()] == ["attention.png"]
+
+
+def test_attention_is_refused_where_there_is_none(folder, tmp_path, capsys):
+    path = save(tmp_path / "gap.npz", classifier="gap")
+    assert main(["--checkpoint", str(path), str(folder), "--attention", str(tmp_path / "x.png")]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and "no class token" in error and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x.png", "--top", "0"], "argument --top: expected a whole number from 1 on, got '0'"),
+        (["x.png", "--batch_size", "x"], "argument --batch_size: expected a whole number from 1 on, got 'x'"),
+        (["x.png", "--attention", "x.jpg"], "argument --attention: expected a name that ends in .png, got 'x.jpg'"),
+        ([f"{number}.png" for number in range(65)] + ["--attention", "x.png"], "draws 64 pictures at most, these are 65"),
+        ([], "the following arguments are required: PICTURE"),
+        (["x.png", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_a_wrong_command_line(run, capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        main(["--checkpoint", str(run), *arguments])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there(folder, capsys):
+    assert main(["--checkpoint", str(folder / "none.npz"), str(folder)]) == 1
+    assert main(["--checkpoint", str(folder), str(folder)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: there is no file ") and "is a folder without weights" in second
+
+
+def test_a_folder_without_pictures(run, tmp_path, capsys):
+    assert main(["--checkpoint", str(run), str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path} is a folder without pictures\n"
+
+
+def test_it_runs_as_a_module_and_bears_a_reader_who_leaves(run, folder):
+    command = [sys.executable, "-m", "vit_jax.predict", "--checkpoint", str(run), "--batch_size", "1", "--json"]
+    process = subprocess.Popen(
+        [*command, *100 * [str(folder / "a.png")]],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert json.loads(process.stdout.readline())["picture"] == str(folder / "a.png")
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0 and error == ""

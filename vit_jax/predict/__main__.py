@@ -1,0 +1,161 @@
+"""The command line of prediction: `python -m vit_jax.predict --help`."""
+
+import argparse
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.checkpoints.files import whole_file
+from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.predict import pictures
+from vit_jax.predict.classifier import Classifier, Result
+from vit_jax.predict.pictures import PictureError, Source
+
+_MOST_DRAWN = 64  # pictures whose attention fits on a page
+_DRAWN = 398  # pixels of the longer side of one that is drawn
+
+_MORE = """\
+Pictures are seen as in a run's evaluation: resized straight to the model's size, without antialiasing; of what is four times
+as large or more, blocks of pixels are averaged first. EXIF's orientation is followed, what is transparent lies on white.
+Pictures that cannot be used are named on standard error, the others are finished, and the status is then 1."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Classifies pictures; returns the exit status: 0, 1 where something could not be used, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.predict",
+        description="What a fine-tuned or published model sees in pictures.",
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        metavar="PICTURE",
+        help="a file, a folder (all pictures below it), an http(s) address, or - for a picture on standard input",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="a run's folder, npz, safetensors, or a published name"
+    )
+    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes that are told of each; default 5")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line for each picture")
+    parser.add_argument(
+        "--attention",
+        type=_png,
+        metavar="OUT.png",
+        help=f"draw where the model looks, attention rollout laid over the pictures; {_MOST_DRAWN} of them at most",
+    )
+    parser.add_argument(
+        "--batch_size", type=_positive, default=32, metavar="N", help="pictures that are computed at once; default 32"
+    )
+    args = parser.parse_args(argv)
+    named = [item for argument in args.pictures for item in _named(argument)]
+    if args.attention and len(named) > _MOST_DRAWN:
+        parser.error(f"--attention draws {_MOST_DRAWN} pictures at most, these are {len(named):,}")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of a bad picture one sentence is said
+    try:
+        return _predict(args, named)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads the answers has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # the machine's: no permission, a full disk
+        print(f"error: {error.filename or args.checkpoint}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: the device has too little memory for this: lower --batch_size", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _png(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, got {text!r}")
+    return Path(text)
+
+
+def _named(argument: str) -> list[tuple[str, Source]]:
+    """The pictures that an argument stands for, each with its name."""
+    if argument == "-":
+        return [("standard input", lambda: sys.stdin.buffer.read(pictures.MOST_BYTES))]
+    if pictures.is_address(argument):
+        return [(argument, functools.partial(pictures.fetch, argument))]
+    # A folder without pictures stays, and ends in a sentence.
+    return [(str(path), path) for path in pictures.within(argument)] or [(argument, argument)]
+
+
+def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
+    from tqdm import tqdm
+
+    classify = Classifier(args.checkpoint, args.batch_size)
+    if args.attention:
+        classify.check_attention()
+        # They are read again to be drawn, and what comes from elsewhere comes once.
+        named = [(name, functools.cache(source) if callable(source) else source) for name, source in named]
+    failed, drawn = 0, []
+    # No bar where nobody watches, nor for what is done in a moment.
+    with tqdm(total=len(named), unit="picture", disable=None if len(named) > args.batch_size else True) as bar:
+        for (name, source), (_, found) in zip(named, classify.stream(named, args.top), strict=True):
+            if isinstance(found, PictureError):
+                failed += 1
+                bar.write(f"error: {found}", file=sys.stderr)
+            else:
+                bar.write(_line(name, found) if args.json else _block(name, found), file=sys.stdout)
+                sys.stdout.flush()
+                if args.attention:
+                    drawn.append((name, source, found))
+            bar.update()
+    if drawn:
+        _draw(args.attention, classify, drawn)
+    return int(failed > 0)
+
+
+def _line(name: str, found: Result) -> str:
+    predictions = [{"name": label, "probability": probability} for label, probability in found]
+    return json.dumps({"picture": name, "predictions": predictions})
+
+
+def _block(name: str, found: Result) -> str:
+    name = name.encode(errors="backslashreplace").decode()  # a file's name need not be text
+    return "\n".join([name, *(f"{probability:8.2%}  {label}" for label, probability in found)])
+
+
+def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Result]]) -> None:
+    """Writes the pictures, each beside itself with attention rollout laid over it."""
+    from vit_jax.reports import figures
+
+    views: Any = []
+    for name, source, _ in drawn:
+        view = pictures.picture(source, (_DRAWN, _DRAWN), name)
+        view.thumbnail((_DRAWN, _DRAWN))
+        views.append(np.asarray(view, np.float32) / 255)
+    labels = [f"{found[0][0]} {found[0][1]:.1%}" for _, _, found in drawn]
+    masks = classify.attention([source for _, source, _ in drawn])
+    figure = figures.rollout(views, {"attention": masks}, labels)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=figures.DPI)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

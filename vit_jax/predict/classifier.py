@@ -1,0 +1,189 @@
+"""A model that is loaded once and then says what is in pictures."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vit_jax.checkpoints.download import find
+from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.checkpoints.load import load, meta_of, outline
+from vit_jax.checkpoints.meta import image_size, statistics
+from vit_jax.models.intermediates import attention_maps
+from vit_jax.predict.names import class_names
+from vit_jax.predict.pictures import PictureError, Source, read
+from vit_jax.reports.attention import rollout
+
+_THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode
+
+Result = list[tuple[str, float]]  # (name, probability) of the most probable classes, best first
+
+
+class Classifier:
+    """Names what a fine-tuned or published model sees: `classify = Classifier("runs/demo"); classify("lion.jpg")`.
+
+    `source` is a run's folder, a file (npz, safetensors), an exported folder or a published name. A picture is a path, an
+    http(s) address, a file's bytes, a PIL picture or a uint8 array [H, W, 3], also grey [H, W] or with transparency [H, W, 4];
+    pictures are one of these, a batch [B, H, W, 3] or a list of all of these, of any sizes. What becomes of colours, turned
+    photographs and very large ones: `predict.pictures`.
+
+    The numbers are those of a run's evaluation, up to rounding: pictures resized straight to the size that the weights are
+    for, scaled as the JSON beside them says, and as Google's where there is none.
+
+    Attributes:
+      model, params: as `load` gives them.
+      image_size: (height, width) of what the model sees, in pixels.
+      class_names: a name for each class; see `predict.names.class_names`.
+      batch_size: the most pictures that are computed at once.
+
+    CheckpointError for weights that cannot be read or have no head; PictureError for a picture that cannot be used.
+    """
+
+    def __init__(self, source: str | os.PathLike, batch_size: int = 32):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        path = find(source, complete=True)
+        model, tree = outline(path)
+        if not model.num_classes:
+            raise CheckpointError(f"{path} has no head and so names no classes: vit_jax.features gives what a head would see")
+        meta, rows = meta_of(path), tree["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
+        self.image_size = image_size(meta, model.stride, rows - (model.classifier == "token"))
+        self.class_names = class_names(path, meta, model.num_classes)
+        self.batch_size = batch_size
+        mean, deviation = (np.float32(255 * np.reshape(values, (1, 1, 1, 3))) for values in statistics(meta))
+        self.model, self.params = load(path)
+
+        def probabilities(params: Any, images: jax.Array) -> jax.Array:
+            logits: Any = self.model.apply({"params": params}, (images - mean) / deviation)
+            return jax.nn.softmax(logits)
+
+        def attention(params: Any, images: jax.Array) -> jax.Array:
+            def mean_over_heads(image: jax.Array) -> jax.Array:  # of one picture at a time, for the maps are large
+                return attention_maps(self.model, params, image[None])[:, 0].mean(axis=1, keepdims=True)
+
+            return jax.lax.map(mean_over_heads, (images - mean) / deviation)
+
+        self._probabilities, self._attention = jax.jit(probabilities), jax.jit(attention)
+
+    def __call__(self, pictures: Any, top: int = 5) -> list[Result]:
+        """For each picture, in a list also for one, the `top` classes as (name, probability), best first."""
+        return [_or_raise(found) for _, found in self.stream(_named(pictures), top)]
+
+    def probabilities(self, pictures: Any) -> np.ndarray:
+        """The probabilities of all classes, float32 [B, classes], which sum to 1."""
+        found = [_or_raise(row) for _, row in self._stream(_named(pictures), lambda x: self._probabilities(self.params, x))]
+        return np.array(found, np.float32).reshape(-1, self.model.num_classes)
+
+    def attention(self, pictures: Any) -> np.ndarray:
+        """How much of each patch reaches the class token, float32 [B, height, width] in patches, largest value 1.
+
+        See `reports.attention.rollout`. CheckpointError for a model without class token.
+        """
+        self.check_attention()
+        grid = (self.image_size[0] // self.model.stride, self.image_size[1] // self.model.stride)
+        found = [_or_raise(maps) for _, maps in self._stream(_named(pictures), lambda x: self._attention(self.params, x))]
+        masks = [rollout(maps[:, None], grid)[0] for maps in found]
+        return np.array(masks, np.float32).reshape(-1, *grid)
+
+    def check_attention(self) -> None:
+        """CheckpointError unless `attention` can be asked for."""
+        if self.model.classifier != "token":
+            raise CheckpointError("this model has no class token, whose attention is what attention rollout shows")
+
+    def stream(self, pictures: Iterable[tuple[str, Source]], top: int = 5) -> Iterator[tuple[str, Result | PictureError]]:
+        """For pictures (what errors call it, picture), in their order, the name and the `top` classes or what is amiss.
+
+        Meant for more pictures than fit in memory: a few batches of them are on their way at a time, however many there are.
+        Threads read the next ones while the device works.
+        """
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
+
+        def best(images: np.ndarray) -> Any:
+            return jax.lax.top_k(self._probabilities(self.params, images), min(top, self.model.num_classes))
+
+        for name, found in self._stream(pictures, best):
+            if not isinstance(found, PictureError):
+                found = [(self.class_names[at], float(value)) for value, at in zip(*found, strict=True)]
+            yield name, found
+
+    def _stream(self, pictures: Iterable[tuple[str, Source]], compute: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+        """(name, its part of what `compute` makes of float32 [B, height, width, 3], or PictureError) for each picture."""
+        pending: deque[tuple[list[tuple[str, Any]], Any]] = deque()
+        batch: list[tuple[str, Any]] = []
+
+        def dispatch() -> None:
+            errors = [(name, found if isinstance(found, PictureError) else None) for name, found in batch]
+            images = [found for _, found in batch if not isinstance(found, PictureError)]
+            # Padded to a power of two, so that a program is compiled for few sizes.
+            padding = min(self.batch_size, 1 << (len(images) - 1).bit_length()) - len(images) if images else 0
+            pending.append((errors, compute(np.stack(images + padding * images[:1])) if images else None))
+            batch.clear()
+
+        def finished(keep: int) -> Iterator[tuple[str, Any]]:
+            while len(pending) > keep:
+                errors, result = pending.popleft()
+                result, row = jax.device_get(result), 0
+                for name, error in errors:
+                    yield name, error or jax.tree.map(lambda leaf, row=row: leaf[row], result)
+                    row += error is None
+
+        for item in self._read(pictures):
+            batch.append(item)
+            if len(batch) == self.batch_size:
+                dispatch()
+                yield from finished(keep=1)  # the device has its next batch before this one is looked at
+        if batch:
+            dispatch()
+        yield from finished(keep=0)
+
+    def _read(self, pictures: Iterable[tuple[str, Source]]) -> Iterator[tuple[str, np.ndarray | PictureError]]:
+        """What the model sees of each picture, in order, read ahead by threads."""
+
+        def reading(name: str, source: Source) -> np.ndarray | PictureError:
+            try:
+                return read(source, self.image_size, name)
+            except PictureError as error:
+                return error
+
+        pool, ahead = ThreadPoolExecutor(_THREADS, "pictures"), deque[tuple[str, Future]]()
+        try:
+            for name, source in pictures:
+                ahead.append((name, pool.submit(reading, name, source)))
+                if len(ahead) == max(2 * self.batch_size, _THREADS):
+                    name, future = ahead.popleft()
+                    yield name, future.result()
+            for name, future in ahead:
+                yield name, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _named(pictures: Any) -> Iterator[tuple[str, Source]]:
+    """Each of `pictures` with what errors call it."""
+    for number, picture in enumerate(_each(pictures)):
+        yield os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"pictures[{number}]", picture
+
+
+def _each(pictures: Any) -> Iterator[Source]:
+    if isinstance(pictures, list | tuple):
+        for some in pictures:
+            yield from _each(some)
+    elif isinstance(pictures, str | os.PathLike | bytes | Image.Image) or callable(pictures):
+        yield pictures
+    elif hasattr(pictures, "__array__"):  # NumPy's, JAX's, PyTorch's
+        array = np.asarray(pictures)
+        yield from array if array.ndim == 4 else [array]
+    else:
+        raise PictureError(f"a picture is a path, a PIL picture or a uint8 array, got {type(pictures).__name__}")
+
+
+def _or_raise(found: Any) -> Any:
+    if isinstance(found, PictureError):
+        raise found
+    return found

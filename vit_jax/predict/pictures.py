@@ -1,0 +1,207 @@
+"""Pictures from anywhere, as a model wants them: read, turned upright, in RGB, of its size. On the host, for threads.
+
+A picture is seen as evaluation sees it, resized straight to the model's size without antialiasing, until it is four times as
+large or more: then sampling so few of its pixels would show noise and not the picture, and whole blocks of pixels are averaged
+first, so that two to three times the size are left.
+"""
+
+import contextlib
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# A path or an http(s) address; a file's bytes, or what returns them; a picture; uint8 pixels.
+Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndarray
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has EPS run another program
+MOST_BYTES = 100 * 2**20  # that are taken from an address
+_TIMEOUT = (10.0, 30.0)  # seconds until a server has to answer, and then without a byte from it
+_PATIENCE = 300.0  # seconds for the whole of a picture
+_LARGE = 2**24  # pixels from which on pictures are decoded one at a time, so that threads do not multiply their memory
+_one_large = threading.Lock()
+_one_given = threading.Lock()  # the same picture may be given twice, and Pillow's loading is no work for two threads
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message is one sentence that names it."""
+
+
+def is_address(source: Any) -> bool:
+    """Whether a source is an http(s) address."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def within(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """The files below a folder whose names end as a picture's do, in the order of their names; hidden ones are left out."""
+    for root, folders, files in os.walk(os.fspath(folder)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(root, name)
+
+
+def read(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
+    """What a model of a size, (height, width), sees of a picture: float32 [height, width, 3] in [0, 255].
+
+    PictureError, which calls it `name`, where it cannot be read.
+    """
+    return resize(np.asarray(picture(source, size, name)), size)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`transforms.geometry.resize` of one picture, uint8 [H, W, 3] → float32 [height, width, 3], equal to it but for rounding.
+
+    On the host because pictures come in all sizes, and a device would compile a program for each of them.
+    """
+    (top, up), (bottom, down) = _taps(pixels.shape[0], size[0])
+    rows = pixels[top] * up[:, None, None] + pixels[bottom] * down[:, None, None]
+    (left, before), (right, after) = _taps(pixels.shape[1], size[1])
+    return rows[:, left] * before[None, :, None] + rows[:, right] * after[None, :, None]
+
+
+def _taps(length: int, out: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The two pixels, and their float32 weights, that each of `out` pixels is made from: geometry's, operation by operation."""
+    # Rounded once, as compiled programs do, which multiply and add in one operation.
+    position = ((np.arange(out) + 0.5) * np.float64(np.float32(length / out)) - 0.5).astype(np.float32)
+    position = np.clip(position, 0, length - 1)
+    first = np.floor(position)
+    at = first.astype(np.int64)
+    return (at, 1 - (position - first)), (np.minimum(at + 1, length - 1), 1 - (first + 1 - position))
+
+
+def picture(source: Source, size: tuple[int, int], name: str) -> Image.Image:
+    """A picture in RGB, turned as its EXIF says; sides of four times `size`, (height, width), or more come reduced.
+
+    What is transparent lies on white; grey, palettes and CMYK become RGB; of 16 bits the higher 8 are taken; of an animation
+    the first picture. Colour profiles are not applied. PictureError, which calls it `name`, where it cannot be read, among
+    them files of more than PIL.Image.MAX_IMAGE_PIXELS (89 million, unless somebody sets it).
+    """
+    try:
+        if isinstance(source, Image.Image):
+            with _one_given:
+                source.load()
+                source = _turned(source)
+            return _upright(source, size, name)
+        if isinstance(source, np.ndarray):
+            return _upright(_of_array(source, name), size, name)
+        return _of_file(source, size, name)
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"there is no file {name}") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is no picture of a kind that is read here: {', '.join(_FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name) from None
+    except Exception as error:  # Pillow raises whatever its decoders stumble over
+        raise PictureError(f"{name} cannot be read ({_reason(error)})") from None
+
+
+def fetch(address: str) -> bytes:
+    """What an http(s) address answers with; PictureError where it is a page or too large, and where nothing comes."""
+    import requests
+
+    end, data = time.monotonic() + _PATIENCE, bytearray()
+    try:
+        with requests.get(address, headers={"User-Agent": "vit_jax"}, stream=True, timeout=_TIMEOUT) as answer:
+            if answer.status_code != 200:
+                raise PictureError(f"{address} cannot be fetched ({answer.status_code} {answer.reason})")
+            kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if kind in ("text/html", "application/xhtml+xml"):
+                raise PictureError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
+            for chunk in answer.iter_content(2**16):
+                data += chunk
+                if len(data) > MOST_BYTES or time.monotonic() > end:
+                    raise PictureError(
+                        f"{address} did not end within {MOST_BYTES // 2**20} MiB and {_PATIENCE:.0f} seconds: download it, and "
+                        "name the file"
+                    )
+    except requests.RequestException as error:
+        raise PictureError(f"{address} cannot be fetched ({_reason(error)})") from None
+    return bytes(data)
+
+
+def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
+    if is_address(source):
+        source = fetch(source)
+    elif callable(source):
+        source = source()
+    elif not isinstance(source, bytes) and Path(source).is_dir():
+        first = next(within(source), None)
+        raise PictureError(f"{name} is a folder {f'of pictures: name them, as {first}' if first else 'without pictures'}")
+    if source == b"":
+        raise PictureError(f"{name} is empty")
+    Image.init()
+    known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise _too_large(name)
+        # A JPEG is decoded at a half, a quarter or an eighth, which is quicker and needs less memory; never below 2 · size.
+        image.draft(None, (2 * max(size), 2 * max(size)))
+        with _one_large if image.width * image.height > _LARGE else contextlib.nullcontext():
+            return _upright(image, size, name)
+
+
+def _of_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise PictureError(f"{name} has pixels of type {array.dtype}, expected uint8, from 0 to 255")
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise PictureError(
+            f"{name} has the shape {list(array.shape)}, expected [height, width], or [height, width, channels] of 1, 3 or 4"
+        )
+    return Image.fromarray(array)
+
+
+def _upright(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+    image.load()
+    image = _turned(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _of_16_bits(image, name)
+    transparent = image.has_transparency_data
+    if image.mode != (mode := "RGBA" if transparent else "RGB"):
+        image = image.convert(mode)
+    factors = max(1, image.width // (2 * size[1])), max(1, image.height // (2 * size[0]))
+    if factors != (1, 1):
+        image = image.reduce(factors)
+    if transparent:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF does not say how the picture lies
+        pass
+    return image
+
+
+def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
+    """The higher bytes of a grey picture of 16 bits, which Pillow may hold in 32."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+        raise PictureError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _too_large(name: str) -> PictureError:
+    most = f"{Image.MAX_IMAGE_PIXELS:,} pixels that are read (PIL.Image.MAX_IMAGE_PIXELS)"
+    return PictureError(f"{name} has more than the {most}: scale it down first")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause of an exception, in one line."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__

@@ -57,7 +57,13 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         raise ConfigError("name a configuration, as in python main.py --config configs/demo.py")
     if values.dry_run and values.eval_only:
         raise ConfigError("--dry_run and --eval_only exclude each other")
-    return values.config, values
+    config = values.config
+    # What the file says to expect holds for what the file says to do.
+    if values["config"].present:
+        flag: Any = values["config"]
+        if set(configuration.difference(config, configuration.read(flag.config_filename))) - {"model.checkpoint"}:
+            config.run.expected = {}
+    return config, values
 
 
 def workdir_of(source: str) -> Path:
@@ -68,10 +74,9 @@ def workdir_of(source: str) -> Path:
     return Path("runs", "-".join([Path(path).stem, *filter(None, argument.replace("/", "_").split(","))]))
 
 
-def report(config: Config, metrics: dict[str, float], source: str) -> str:
-    """What a run came to, beside what its configuration file says to expect, unless it was told to do something else."""
-    changed = configuration.difference(config, configuration.read(source))
-    expected = dict(config.run.expected) if set(changed) <= {"model.checkpoint"} else {}
+def report(config: Config, metrics: dict[str, float]) -> str:
+    """What a run came to, beside what its configuration says to expect."""
+    expected = dict(config.run.expected)
 
     def figure(name: str, value: float) -> str:
         return f"{value:.2%}" if "accuracy" in name else f"{value:.4g}"
@@ -87,6 +92,16 @@ def report(config: Config, metrics: dict[str, float], source: str) -> str:
         )
     lines += [f"expected {name}: {figure(name, value)}" for name, value in expected.items()]
     return "\n".join(lines)
+
+
+def draw(workdir: Path) -> None:
+    """Writes the page about a run that has ended well, which nothing that goes wrong here changes."""
+    from vit_jax.reports import page
+
+    try:
+        print(f"pictures: {page.write(workdir)}")
+    except Exception as error:  # whatever it is, the run itself is whole
+        print(f"no page was drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def run(config: Config, values: flags.FlagValues) -> int:
@@ -105,14 +120,15 @@ def run(config: Config, values: flags.FlagValues) -> int:
         if values.dry_run:
             print(preview.preview(config))
         elif values.eval_only:
-            print(report(config, loop.evaluate(config, workdir), source))
+            print(report(config, loop.evaluate(config, workdir)))
         else:
             result = loop.train(config, workdir)
             if not result.finished:
                 print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
                 return 130
-            print(report(config, result.metrics, source))
+            print(report(config, result.metrics))
             print(f"weights: {workdir / 'best.npz'} (best), {workdir / 'final.npz'} (last)")
+            draw(workdir)
     except (ConfigError, CheckpointError, DataError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

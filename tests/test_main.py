@@ -120,9 +120,14 @@ def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, caps
 def test_what_a_file_expects_is_not_said_of_another_run(main, demo):
     config, _ = main.parse([*demo, "--config.seed=5"])
     metrics = {"step": 100, "test/accuracy": 0.5, "test/loss": 1.0}
-    assert "expected" not in main.report(config, metrics, demo[-1])
+    assert "expected" not in main.report(config, metrics)
     config, _ = main.parse([*demo, "--config.model.checkpoint=mini_8.npz", "--config.run.parallel=pmap"])
-    assert "expected" in main.report(config, metrics, demo[-1])
+    assert "expected" in main.report(config, metrics)
+
+
+def test_a_page_that_cannot_be_drawn_fails_no_run(main, tmp_path, capsys):
+    main.draw(tmp_path / "nowhere")
+    assert "no page was drawn (ReportError: " in capsys.readouterr().err
 
 
 def test_paths_that_look_like_overrides(main, demo, tmp_path, monkeypatch, capsys):

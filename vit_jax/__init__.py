@@ -7,10 +7,13 @@ the package, or one part of it, does not import all.
 import importlib
 from typing import Any
 
+# Name → module, and the name there where it is another.
 _DOORS = {
+    "Classifier": "predict",
     "Config": "config",
     "VisionTransformer": "models.vit",
     "attention_maps": "models.intermediates",
+    "attention_rollout": "reports.attention:rollout",
     "build": "models.variants",
     "features": "models.intermediates",
     "load": "checkpoints.load",
@@ -25,7 +28,8 @@ __all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)
+    module, _, there = _DOORS[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), there or name)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,27 @@ def test_an_argument_after_a_colon(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_configs_are_valid_and_open_with_their_command(path):
-    config = read(str(path))
-    check(config)
-    assert f"python main.py --config configs/{path.name}" in (ast.get_docstring(ast.parse(path.read_text())) or "")
+    command = re.search(
+        rf"python main.py --config configs/{path.name}(:\S+)?", ast.get_docstring(ast.parse(path.read_text())) or ""
+    )
+    assert command
+    check(read(f"{path}{command[1] or ''}"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("", "wants a checkpoint and a task, as in configs/augreg.py:R\\+Ti/16,cifar100"),
+        ("B/16", "wants a checkpoint and a task"),
+        ("B/61,cifar100", "no checkpoint is published as 'B/61'"),
+    ],
+)
+def test_any_published_checkpoint_on_any_task(argument, said):
+    config = read(f"{ROOT / 'configs' / 'augreg.py'}:imagenet21k+imagenet2012/ViT-B_16,cifar10")
+    assert (config.model.checkpoint, config.data.task) == ("imagenet21k+imagenet2012/ViT-B_16", "cifar10")
+    assert config.data.image_size == 384
+    with pytest.raises(ConfigError, match=said):
+        read(f"{ROOT / 'configs' / 'augreg.py'}:{argument}")
 
 
 def test_the_run_this_project_exists_for():

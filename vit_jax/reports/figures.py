@@ -111,6 +111,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     loss.legend(handles=loss.get_lines()[-2:])
     accuracy.set_title("test accuracy, %")
     rate.set(title="learning rate", xlabel="step", ylim=(0, None))
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     if alone:
         accuracy.legend()
     else:

@@ -32,6 +32,8 @@ def test_the_demo_gains_from_its_pre_training(tmp_path):
     random = run(*short, "--config.model.checkpoint=", "--config.model.variant=Mini/8", workdir=tmp_path / "random")
     assert pretrained["test/accuracy"] > 0.5
     assert pretrained["test/accuracy"] > random["test/accuracy"] + 0.2
+    for folder in ("pretrained", "random"):  # a run ends with its page
+        assert (tmp_path / folder / "report.html").stat().st_size > 300_000
 
 
 def test_vit_b16_fine_tunes_on_cifar100_at_224_pixels(prepared_cifar100, tmp_path):

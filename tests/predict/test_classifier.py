@@ -99,7 +99,7 @@ def test_probabilities_and_names(classify, noise):
     assert classify(np.zeros((8, 8, 3), np.uint8), top=2)[0] == classify(np.zeros((8, 8, 3), np.uint8), top=7)[0][:2]
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         classify(noise(), top=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1 on, got 0"):
         Classifier("nowhere", batch_size=0)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import io
+import os
 import re
 import socket
 import threading
@@ -251,3 +252,15 @@ def test_addresses_have_bounds(server, monkeypatch):
             fetch(address)
     with pytest.raises(PictureError, match="http:// cannot be fetched"):
         fetch("http://")
+
+
+def test_a_pipe_is_not_waited_at(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(PictureError, match=r"x.png is no regular file"):
+        read(tmp_path / "x.png", (8, 8), str(tmp_path / "x.png"))
+
+
+def test_32_bits_of_small_values_have_no_known_range(tmp_path):
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(PictureError, match="32 bits, whose range nothing says"):
+        read(tmp_path / "x.tif", (8, 8), "x.tif")

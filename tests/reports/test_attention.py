@@ -177,3 +177,8 @@ def test_a_model_that_finds_a_bright_square_attends_to_it():
     assert right > 0.98
     assert inside >= 0.9
     assert found(start)[1] < 0.4  # it is training that makes it look there
+
+
+def test_a_class_token_that_looks_at_itself_alone_gives_zeros():
+    maps = np.broadcast_to(np.eye(5), (2, 1, 3, 5, 5))
+    assert not rollout(maps).any()

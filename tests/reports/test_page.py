@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_the_files(run, unrendered):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tests = [line for line in lines if "test/accuracy" in line]
     last, best = tests[-1], max(tests, key=lambda line: line["test/accuracy"])
-    assert f"{100 * last['test/accuracy']:.2f} % of the test pictures after the last step, 12. Best" in page.text
+    assert f"{100 * last['test/accuracy']:.2f} % of the test pictures are right after the last step, 12. Best" in page.text
     assert f"evaluation {100 * best['test/accuracy']:.2f} %, step {best['step']}, chosen on the test split" in page.text
     off_by = f"{100 * (last['test/accuracy'] - 0.25):+.2f}"
     row = ["test accuracy", *(f"{100 * x:.2f} %" for x in (last["test/accuracy"], best["test/accuracy"], 0.25)), off_by]
@@ -436,3 +436,28 @@ def test_the_page_of_a_run_on_all_of_cifar100_takes_60_seconds_at_most(prepared_
     names, of = superclasses(read(run))
     assert of == {int(fine): int(coarse) for coarse, fine in labels} and len(of) == 100
     assert names == files["coarse_label_names.txt"].decode().split()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": true}', "9" * 5000, "[" * 100_000, '{"step": 12, "test/accuracy": NaN}', "[]", "null"]
+)
+def test_lines_of_metrics_that_mean_nothing_change_nothing(run, line):
+    before = read(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    after = read(run)
+    assert (after.evaluations, after.best, after.step) == (before.evaluations, before.best, before.step)
+
+
+def test_options_of_one_run_are_refused_for_several(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(run), str(run), "--layers", "1"])
+    assert end.value.code == 2 and "are for the page of a single run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(run), "--layers", ""])
+    assert "expected numbers from 1 on, as in 1,2, got ''" in capsys.readouterr().err
+
+
+def test_a_page_needs_a_name(run, capsys):
+    assert main([str(run), "--output", "/"]) == 1
+    assert capsys.readouterr().err == "error: / is no name of a page; give one such as page.html\n"

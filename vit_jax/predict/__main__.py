@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import io
 import json
 import logging
 import os
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         "--batch_size", type=_positive, default=32, metavar="N", help="pictures that are computed at once; default 32"
     )
     args = parser.parse_args(argv)
+    if not all([args.checkpoint, *args.pictures]):
+        parser.error("an empty name stands for nothing")
     named = [item for argument in args.pictures for item in _named(argument)]
     if args.attention and len(named) > _MOST_DRAWN:
         parser.error(f"--attention draws {_MOST_DRAWN} pictures at most, these are {len(named):,}")
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the machine's: no permission, a full disk
-        print(f"error: {error.filename or args.checkpoint}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -155,7 +158,13 @@ def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Resul
     figure = figures.rollout(views, {"attention": masks}, labels)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=figures.DPI)
+    print(f"attention: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone
+    status = main()
+    if status == 130:
+        os._exit(status)  # without waiting for threads that wait for a server
+    sys.exit(status)

@@ -15,6 +15,7 @@ from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load, meta_of, outline
 from vit_jax.checkpoints.meta import image_size, statistics
 from vit_jax.models.intermediates import attention_maps
+from vit_jax.models.variants import patches
 from vit_jax.predict.names import class_names
 from vit_jax.predict.pictures import PictureError, Source, read
 from vit_jax.reports.attention import rollout
@@ -45,14 +46,14 @@ class Classifier:
     """
 
     def __init__(self, source: str | os.PathLike, batch_size: int = 32):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
         path = find(source, complete=True)
         model, tree = outline(path)
         if not model.num_classes:
             raise CheckpointError(f"{path} has no head and so names no classes: vit_jax.features gives what a head would see")
-        meta, rows = meta_of(path), tree["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-        self.image_size = image_size(meta, model.stride, rows - (model.classifier == "token"))
+        meta = meta_of(path)
+        self.image_size = image_size(meta, model.stride, patches(model, tree))
         self.class_names = class_names(path, meta, model.num_classes)
         self.batch_size = batch_size
         mean, deviation = (np.float32(255 * np.reshape(values, (1, 1, 1, 3))) for values in statistics(meta))
@@ -151,6 +152,7 @@ class Classifier:
             except PictureError as error:
                 return error
 
+        patient = True
         pool, ahead = ThreadPoolExecutor(_THREADS, "pictures"), deque[tuple[str, Future]]()
         try:
             for name, source in pictures:
@@ -160,8 +162,11 @@ class Classifier:
                     yield name, future.result()
             for name, future in ahead:
                 yield name, future.result()
+        except KeyboardInterrupt:
+            patient = False  # one of them may wait for a server that says nothing
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=patient, cancel_futures=True)
 
 
 def _named(pictures: Any) -> Iterator[tuple[str, Source]]:

@@ -137,7 +137,9 @@ def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
     elif not isinstance(source, bytes) and Path(source).is_dir():
         first = next(within(source), None)
         raise PictureError(f"{name} is a folder {f'of pictures: name them, as {first}' if first else 'without pictures'}")
-    if source == b"":
+    elif not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+        raise PictureError(f"{name} is no regular file")  # a pipe could be waited at for ever
+    if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
         raise PictureError(f"{name} is empty")
     Image.init()
     known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
@@ -190,7 +192,8 @@ def _turned(image: Image.Image) -> Image.Image:
 def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
     """The higher bytes of a grey picture of 16 bits, which Pillow may hold in 32."""
     pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+    # 32 bits of small values may be a picture of 8 bits or a dark one of 16.
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or (image.mode == "I" and 0 < pixels.max() < 2**8):
         raise PictureError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 

@@ -6,7 +6,9 @@ import sys
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, as in 1,2, got {text!r}")
+    return [int(part) for part in dict.fromkeys(text.split(","))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         "--heads", type=_numbers, default=[], metavar="N,…", help="these heads' alone, in the last layer or in --layers"
     )
     args = parser.parse_args(argv)
+    if len(args.runs) > 1 and (args.layers or args.heads or args.pictures != parser.get_default("pictures")):
+        parser.error("--pictures, --layers and --heads are for the page of a single run")
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from vit_jax.reports.page import write
@@ -39,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except OSError as error:  # the machine's: no permission, a full disk, something in the way
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

@@ -38,7 +38,12 @@ def rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> np.ndarray:
         mixed = layer.mean(axis=1, dtype=np.float64) + np.eye(maps.shape[-1])
         row = row @ (mixed / mixed.sum(axis=-1, keepdims=True))
     patches = row[:, 0, 1:]
-    return (patches / patches.max(axis=-1, keepdims=True)).reshape(-1, *found).astype(np.float32)
+    # A class token that looks at itself alone gives zeros.
+    return (
+        (patches / np.maximum(patches.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny))
+        .reshape(-1, *found)
+        .astype(np.float32)
+    )
 
 
 def distances(maps: ArrayLike, stride: int, grid: tuple[int, int] | None = None) -> np.ndarray:

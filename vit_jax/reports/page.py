@@ -88,8 +88,11 @@ def write(
     else:
         path = Path(output) if output else found[0].path.resolve().parent / "comparison.html"
         title, body = "Runs compared", _comparison(found)
+    if not path.name:
+        raise ReportError(f"{output} is no name of a page; give one such as page.html")
+    text = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
     with whole_file(path) as file:
-        file.write(_PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body)).encode())
+        file.write(text.encode(errors="replace"))
     return path
 
 
@@ -121,10 +124,10 @@ def _summary(run: Run) -> Iterator[str]:
     last, best, speed = run.evaluations[-1] if run.evaluations else {}, run.best or {}, run.speed()
     steps, expected = run.config.training.steps, run.config.run.expected
     if run.finished:
+        final, highest = (_number("accuracy", line["test/accuracy"]) for line in (last, best))
         yield (
-            f'<p class="headline"><strong>{_number("accuracy", last["test/accuracy"])}</strong> of the test pictures after the '
-            f"last step, {steps}. Best evaluation {_number('accuracy', best['test/accuracy'])}, step {best['step']:.0f}, "
-            "chosen on the test split.</p>"
+            f'<p class="headline"><strong>{final}</strong> of the test pictures are right after the last step, {steps}. '
+            f"Best evaluation {highest}, step {best['step']:.0f}, chosen on the test split.</p>"
         )
     else:
         where = f"step {run.step} of {steps}" if run.metrics else "there are no metrics yet"

@@ -155,13 +155,19 @@ class Run:
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
                 logits, labels = arrays["logits"], arrays["labels"]
-            if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size or not np.isfinite(logits).all():
+            if (
+                logits.dtype.kind != "f"
+                or logits.ndim != 2
+                or labels.shape != logits.shape[:1]
+                or not labels.size
+                or not np.isfinite(logits).all()
+            ):
                 raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}")
             if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
                 raise ValueError("labels that are no classes of its logits")
         except Exception as error:  # what a damaged zip raises depends on where it is damaged
             raise Missing(f"{path} cannot be used ({error}): give the run's command again to have it written anew.") from None
-        return logits, labels
+        return logits, labels.astype(np.int64)
 
     @functools.cached_property
     def test(self) -> Source:
@@ -186,7 +192,7 @@ class Run:
         """Versions and device, as the run recorded them in environment.json; empty where it did not."""
         try:
             found = json.loads((self.path / "environment.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             found = None
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
@@ -208,10 +214,11 @@ def read(path: Path) -> Run:
     for text in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # a kill cuts the last line short, and so does reading while it is written
+        except (ValueError, RecursionError):  # a kill cuts the last line short, and so does reading while it is written
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            metrics.append({key: value for key, value in line.items() if type(value) in (int, float)})
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            # What is no finite number is not drawn, and is never the best.
+            metrics.append({key: value for key, value in line.items() if type(value) in (int, float) and abs(value) < 1e30})
     return Run(path, config, metrics)
 
 

@@ -461,3 +461,11 @@ def test_options_of_one_run_are_refused_for_several(run, capsys):
 def test_a_page_needs_a_name(run, capsys):
     assert main([str(run), "--output", "/"]) == 1
     assert capsys.readouterr().err == "error: / is no name of a page; give one such as page.html\n"
+
+
+def test_names_that_are_alike_or_of_another_script(run):
+    names = json.loads((run / "final.json").read_text())
+    names["class_names"] = ["same", "same", "狮子", "two\nlines", *names["class_names"][4:]]
+    (run / "final.json").write_text(json.dumps(names))
+    assert list(read(run).class_names[:4]) == ["same (0)", "same (1)", "狮子", "two lines"]
+    write(run)  # without a warning

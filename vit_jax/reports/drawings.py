@@ -119,7 +119,7 @@ def looks(run: Run, look: Look) -> Iterator[Drawing]:
         figure = figures.rollout(shown, {name: np.stack(found) for name, found in masks.items()}, names)
         caption = (
             "Test pictures lit by how much of each patch reaches the class token through all layers (attention rollout), "
-            f"bright where it is most, dark where least. {which}{said}"
+            f"bright where it is most, dark where least, in each picture by itself. {which}{said}"
         )
         yield Drawing("rollout", "Where it looks", figure, caption)
     figure = figures.attention_distance({name: np.mean(found, axis=0) for name, found in far.items()})

@@ -5,6 +5,7 @@ import html
 import io
 import os
 import statistics
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,9 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
 def _drawn(drawing: Drawing, folder: Path | None = None) -> str:
     """The figure as HTML, also written into a folder."""
     buffer = io.BytesIO()
-    drawing.figure.savefig(buffer, format="png", dpi=figures.DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font does not have
+        drawing.figure.savefig(buffer, format="png", dpi=figures.DPI)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{drawing.name}.png").write_bytes(buffer.getvalue())

@@ -184,8 +184,11 @@ class Run:
     @functools.cached_property
     def class_names(self) -> Sequence[str]:
         """A name for each class: what stands beside the weights or else the data set's."""
-        names = self.meta.get("class_names")
-        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else self.test.class_names
+        names: Any = self.meta.get("class_names")
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        # On one line, and no two alike, for they are the rows of figures.
+        names = [" ".join(name.split()) for name in (names if known else self.test.class_names)]
+        return [f"{name} ({at})" if names.count(name) > 1 else name for at, name in enumerate(names)]
 
     @property
     def environment(self) -> dict[str, str]:

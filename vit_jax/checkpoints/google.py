@@ -249,7 +249,8 @@ def save_npz(
     """Writes a parameter tree in the published form, and `meta` as JSON into the file of the same name beside it.
 
     `dtype` is float32 as published, which the original, timm and `load` read, or bfloat16 for half the size, which `load`
-    reads. Each file is put in place whole by a rename: whatever was there before stays until then.
+    reads. Each file is put in place whole by a rename: whatever was there before stays until then. ValueError for a name that
+    does not end in .npz, CheckpointError for one whose JSON would be another's, such as config.npz; OSError names the file.
     """
     path = Path(path)
     if path.suffix != ".npz":

@@ -115,6 +115,18 @@ def test_curves_of_several_runs_lie_over_each_other_in_a_colour_each():
     drawn(figure)
 
 
+def test_curves_of_many_runs_with_long_names_are_told_apart():
+    names = [f"a-run-that-has-a-rather-long-name-as-sweeps-give-them-to-{'their-' * 8}runs-{number}" for number in range(10)]
+    figure = figures.curves(dict.fromkeys(names, LINES))
+    drawn(figure)
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in figure.axes[2].get_lines()}) == 10
+    told = figure.legends[0].get_texts()
+    assert [text.get_text().replace("\n", "") for text in told] == names
+    box, room = figure.legends[0].get_window_extent(), figure.bbox
+    assert room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0
+    assert figure.axes[0].get_window_extent().width > 0.8 * room.width
+
+
 @pytest.mark.parametrize("lines", [[], LINES[:1], [{"step": 3, "test/accuracy": 0.5}]])
 def test_curves_of_a_run_that_has_just_begun(lines):
     drawn(figures.curves({"one": lines}))
@@ -143,13 +155,18 @@ def test_pictures_that_are_not_square_keep_their_shape():
         assert height / width == pytest.approx(picture.shape[0] / picture.shape[1], rel=0.05)
 
 
-def test_rollout_lights_where_the_mask_is_high():
+@pytest.mark.parametrize("colour", [(1, 1, 1), (0, 0, 0), (1, 0, 0)])
+def test_rollout_has_its_colours_over_pictures_of_any(colour):
     mask = np.full((1, 4, 4), 0.5, np.float32)
     mask[0, 3, 0] = 1
-    canvas = drawn(figures.rollout(np.ones((1, 32, 32, 3)), {"after": mask}, ["white"]))
-    side = 398
-    lit = canvas[-side - 10 : -10, -side:].mean(axis=-1)
-    assert lit[-20, 20] > 0.95 and lit[20, -20] < 0.2
+    figure = figures.rollout(np.broadcast_to(colour, (1, 32, 32, 3)), {"after": mask}, ["plain"])
+    canvas, side, top = drawn(figure), 398, 2 * 27 + 6
+    overlaid = canvas[top : top + side, -side:]
+    grey = np.dot(colour, (0.299, 0.587, 0.114))
+    for at, share in [((-20, 20), 1.0), ((20, -20), 0.0)]:  # the largest value's end of the scale, and the smallest's
+        np.testing.assert_allclose(overlaid[at], (grey + np.array(matplotlib.colormaps["viridis"](share))[:3]) / 2, atol=0.01)
+    np.testing.assert_allclose(canvas[top + 5, 5], colour, atol=0.01)  # beside it as it is
+    assert texts(figure.axes[1]) == ["least", "most"]
     figure = figures.rollout(np.ones((3, 8, 8, 3)), {"before": np.ones((3, 2, 2)), "after": np.ones((3, 2, 2))}, list("abc"))
     assert [text for text in texts(figure.axes[0]) if len(text) > 1] == 2 * ["picture", "before", "after"]
 

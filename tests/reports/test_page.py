@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -21,7 +23,8 @@ from vit_jax.config import from_json
 from vit_jax.data import batches
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
-from vit_jax.reports import drawings, figures
+from vit_jax.models.intermediates import attention_maps
+from vit_jax.reports import attention, drawings, figures
 from vit_jax.reports.__main__ import main
 from vit_jax.reports.page import write
 from vit_jax.reports.runs import Missing, ReportError, read, superclasses
@@ -93,18 +96,107 @@ def test_the_numbers_are_those_of_the_files(run, unrendered):
     last, best = tests[-1], max(tests, key=lambda line: line["test/accuracy"])
     assert f"{100 * last['test/accuracy']:.2f} % of the test pictures are right after the last step, 12. Best" in page.text
     assert f"evaluation {100 * best['test/accuracy']:.2f} %, step {best['step']}, chosen on the test split" in page.text
-    off_by = f"{100 * (last['test/accuracy'] - 0.25):+.2f}"
+    off_by = f"{100 * (last['test/accuracy'] - 0.25):+.2f} points"
     row = ["test accuracy", *(f"{100 * x:.2f} %" for x in (last["test/accuracy"], best["test/accuracy"], 0.25)), off_by]
     assert " ".join(row) in page.text
-    assert "test accuracy of another – – 50.00 % –" in page.text
-    rates = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
-    shown = statistics.median(rates)
-    assert f"pictures/s {shown:,.0f}, the median" in page.text
+    assert "Also expected: test accuracy of another 50.00 %." in page.text and "another –" not in page.text
     for said in ("cifar100_excerpt", "12 steps of 16 pictures", "seed 3", "SHA-256"):
         assert said in page.text
     for name, value in json.loads((run / "environment.json").read_text()).items():
         assert f"{name} {value}" in page.text
     assert all(name in page.text for name in ("optimizer.learning_rate 0.03", "data.train_split train[:64]"))
+
+
+def test_speed_and_time_are_those_of_the_steps(run, unrendered):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:  # 16 pictures each: 5 steps of 8 s, 7 of 4 s
+        line["train/images_per_second"] = 2.0 if line["step"] <= 5 else 4.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write(run)).text
+    assert "time in training steps 1 min 8 s, without compiling" in text and "pictures/s 4.0, the median of the steps" in text
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What each function of `figures` is given, by its name."""
+    found = {}
+
+    def spied(name, real):
+        return lambda *of: (found.setdefault(name, []).append(of), real(*of))[1]
+
+    for name in ("heads", "rollout", "attention_distance", "per_class", "mistakes", "filters", "positions"):
+        monkeypatch.setattr(figures, name, spied(name, getattr(figures, name)))
+    return found
+
+
+def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(run, given):
+    edit(run, data__normalization="dataset")
+    source, row = open_split(TASKS["cifar100_excerpt"], "test[:100]"), TASKS["cifar100_excerpt"]
+    pictures, labels = source.take(np.arange(100))
+    # Of each class, the first picture is wrong and the surest of all; the third is right, and surer than what is right else.
+    logits = np.zeros((100, 10), np.float32)
+    logits[np.arange(100), labels] = 2
+    firsts = [np.flatnonzero(labels == number) for number in range(10)]
+    for number, places in enumerate(firsts):
+        logits[places[0]] = 9 * np.eye(10)[(number + 1) % 10]
+        logits[places[2], number] = 4
+    np.savez(run / "predictions.npz", logits=logits, labels=labels)
+    list(drawings.looks(read(run), drawings.Look(4, layers=(1, 2), heads=(2,))))
+
+    chosen = [firsts[number][2] for number in (0, 3, 6, 9)]
+    images = (pictures[chosen] / 255 - np.array(row.mean)) / np.array(row.std)
+    start = json.loads((run / "config.json").read_text())["model"]["checkpoint"]
+    maps = {
+        name: np.asarray(attention_maps(*load(path, num_classes=0, image_size=32), images.astype(np.float32)))
+        for name, path in (("before", start), ("fine-tuned", run / "final.npz"))
+    }
+    [(shown, masks, names)] = given["rollout"]
+    np.testing.assert_allclose(shown, pictures[chosen] / 255, atol=1e-6)
+    assert names == [source.class_names[number] for number in (0, 3, 6, 9)]
+    [(far,)] = given["attention_distance"]
+    assert list(masks) == list(far) == list(maps)
+    for name, those in maps.items():
+        np.testing.assert_allclose(masks[name], attention.rollout(those), atol=1e-5)
+        np.testing.assert_allclose(far[name], attention.distances(those, 8), rtol=1e-5)
+    assert len(given["heads"]) == 4
+    for number, (picture, apart) in enumerate(given["heads"]):
+        np.testing.assert_allclose(picture, pictures[chosen[number]] / 255, atol=1e-6)
+        assert list(apart) == ["layer 1, head 2", "layer 2, head 2"]
+        for layer, found in enumerate(apart.values()):
+            expected = maps["fine-tuned"][layer, number, 1, 0, 1:].reshape(4, 4)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_figures_of_predictions_and_weights_are_those_of_the_files(run, given):
+    source = open_split(TASKS["cifar100_excerpt"], "test[:100]")
+    pictures, labels = source.take(np.arange(100))
+    logits = np.random.default_rng(0).normal(size=(100, 10)).astype(np.float32)
+    np.savez(run / "predictions.npz", logits=logits, labels=labels)
+    list(drawings.predicted(read(run)))
+    list(drawings.weights(read(run)))
+
+    wrong = []
+    for at, row in enumerate(logits.astype(np.float64)):
+        if row.argmax() != labels[at]:
+            wrong.append((np.exp(row).max() / np.exp(row).sum(), at, row.argmax()))
+    surest = sorted(wrong, reverse=True)[:12]
+    [(shown, texts)] = given["mistakes"]
+    np.testing.assert_array_equal(shown, pictures[[at for _, at, _ in surest]])
+    name = source.class_names
+    assert texts == [f"{name[labels[at]]}\n→ {100 * sure:.0f} % {name[said]}" for sure, at, said in surest]
+    [(accuracies,)] = given["per_class"]
+    assert accuracies == {name[c]: np.mean(logits[labels == c].argmax(axis=1) == c) for c in range(10)}
+
+    start = json.loads((run / "config.json").read_text())["model"]["checkpoint"]
+    with np.load(start) as before, np.load(run / "final.npz") as after:
+        [(embeddings, grid)], [(kernels,)] = given["positions"], given["filters"]
+        for found, leaf, places in [
+            (embeddings, "Transformer/posembed_input/pos_embedding", np.s_[0, 1:]),
+            (kernels, "embedding/kernel", np.s_[:]),
+        ]:
+            assert list(found) == ["before", "fine-tuned"] and grid == (4, 4)
+            np.testing.assert_array_equal(found["before"], before[leaf][places])
+            np.testing.assert_array_equal(found["fine-tuned"], after[leaf][places])
 
 
 def test_versions_and_device_are_what_the_run_recorded(run, unrendered):
@@ -146,9 +238,11 @@ def test_what_it_started_from_is_beside_it_and_where_it_is_gone_the_page_says_so
     shown = []
     real = figures.filters
     monkeypatch.setattr(figures, "filters", lambda kernels: (shown.append(list(kernels)), real(kernels))[1])
-    write(run)
+    resized = "Those from before are resized to this grid, where their file holds another."
+    assert resized in Page(write(run)).text
     edit(run, model__checkpoint="nowhere/start.npz")
     page = Page(write(run))
+    assert resized not in page.text
     assert "What the run started from, nowhere/start.npz, is not on this machine" in page.text
     edit(run, model__checkpoint="B/16")
     assert "What the run started from, B/16, is not on this machine" in Page(write(run)).text
@@ -313,18 +407,28 @@ def test_runs_compared(run, tmp_path, unrendered):
     assert len(page.pictures) == 1 and all(address.startswith("data:") for address in page.addresses)
     assert f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f} %" in page.text
     assert "of 3 runs that differ in the seed alone (tiny, tiny-4, tiny-5)" in page.text
-    assert "optimizer.learning_rate 0.03 0.03 0.03 0.5" in page.text and "seed 3 4 5 3" in page.text
+    assert "optimizer.learning_rate 0.03 tiny, tiny-4, tiny-5 0.5 other" in page.text
+    assert "seed 3 tiny, other 4 tiny-4 5 tiny-5" in page.text
     assert "data.task" not in page.text
     assert "tiny-5 70.00 %" in page.text
 
 
-def test_the_same_run_twice_and_a_run_that_is_not_finished(run, tmp_path, unrendered):
-    begun = shutil.copytree(run, tmp_path / "begun")
+def test_a_copy_of_a_run_and_a_run_that_is_not_finished(run, tmp_path, unrendered):
+    copy, begun = (shutil.copytree(run, tmp_path / name) for name in ("copy", "begun"))
     edit(begun, seed=9)
     (begun / "metrics.jsonl").unlink()
-    page = Page(write(run, run, begun, output=tmp_path / "page.html"))
+    page = Page(write(run, copy, begun, output=tmp_path / "page.html"))
     assert "±" not in page.text and "begun step 0/12 – 25.00 % –" in page.text
-    assert "None that changes the numbers" in Page(write(run, run)).text
+    assert "None that changes the numbers" in Page(write(run, copy)).text
+
+
+def test_the_same_run_twice_is_refused(run, tmp_path, capsys):
+    other, link = run / ".." / run.name, tmp_path / "link"
+    link.symlink_to(run)
+    for again in (run, other, link):
+        assert main([str(run), str(again)]) == 1
+        assert capsys.readouterr().err == f"error: {run} and {again} are the same run; name it once\n"
+    assert not (tmp_path / "comparison.html").exists()
 
 
 def test_the_command_line(run, tmp_path, capsys, unrendered):
@@ -365,6 +469,11 @@ def look(browser, page: Path) -> None:
         )
         assert outside == []
         assert browser.ask("return document.documentElement.scrollWidth") <= width
+        # What has to be scrolled is cut off in print.
+        scrolled = browser.ask(
+            "return [...document.querySelectorAll('div')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
+        )
+        assert scrolled == []
         assert browser.console() == []
         asked = browser.requests()
         assert page.as_uri() in asked
@@ -382,6 +491,15 @@ def test_the_page_of_a_run_that_has_only_begun_in_a_browser(run, browser):
     with (run / "metrics.jsonl").open("w") as file:
         file.write('{"step": 1, "train/loss": 2.5}\n')
     look(browser, write(run))
+
+
+def test_the_page_of_many_runs_with_long_names_in_a_browser(run, browser):
+    runs = []
+    for number in range(10):
+        runs.append(shutil.copytree(run, run.with_name(f"a-run-that-has-a-rather-long-name-{'as-sweeps-give-' * 5}{number}")))
+        edit(runs[-1], seed=number, optimizer__learning_rate=0.01 * (number % 3 + 1), training__steps=100_000 if number else 12)
+    look(browser, page := write(*runs))
+    assert all(folder.name in Page(page).text for folder in runs)
 
 
 def made_up(run: Path) -> None:
@@ -439,7 +557,16 @@ def test_the_page_of_a_run_on_all_of_cifar100_takes_60_seconds_at_most(prepared_
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": true}', "9" * 5000, "[" * 100_000, '{"step": 12, "test/accuracy": NaN}', "[]", "null"]
+    "line",
+    [
+        '{"step": true}',
+        '{"step": 16, "test/accuracy": 1.0}',
+        "9" * 5000,
+        "[" * 100_000,
+        '{"step": 12, "test/accuracy": NaN}',
+        "[]",
+        "null",
+    ],
 )
 def test_lines_of_metrics_that_mean_nothing_change_nothing(run, line):
     before = read(run)
@@ -456,6 +583,31 @@ def test_options_of_one_run_are_refused_for_several(run, capsys):
     with pytest.raises(SystemExit):
         main([str(run), "--layers", ""])
     assert "expected numbers from 1 on, as in 1,2, got ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupt", ["raise KeyboardInterrupt", "lost()"])
+@pytest.mark.parametrize("package", ["vit_jax.reports.page", "jax", "matplotlib"])
+def test_an_interruption_while_it_starts_is_quiet(package, interrupt):
+    """Also where a library loses it, as JAX's callback of the garbage collector does."""
+    code = f"""
+import contextlib, runpy, signal, sys
+
+def lost():
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {package!r}:
+            {interrupt}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["reports", "nowhere"]
+runpy.run_module("vit_jax.reports", run_name="__main__", alter_sys=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_page_needs_a_name(run, capsys):

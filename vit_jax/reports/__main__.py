@@ -2,17 +2,24 @@
 
 import argparse
 import os
+import signal
 import sys
-
-
-def _numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, as in 1,2, got {text!r}")
-    return [int(part) for part in dict.fromkeys(text.split(","))]
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one page; returns the exit status."""
+    """Writes one page; returns the exit status: 0, 1 where something could not be used, 130 where somebody interrupted.
+
+    SystemExit of 2 for a wrong command line.
+    """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.reports",
         description="A page about a run, at any time, also while it goes on; of several runs one that compares them.",
@@ -22,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         "--output", metavar="FILE", help="default: report.html in the run's folder, comparison.html beside the first of several"
     )
     parser.add_argument(
-        "--pictures", type=int, default=6, metavar="N", help="test pictures to show the attention on; default 6"
+        "--pictures",
+        type=int,
+        default=6,
+        metavar="N",
+        help="show the attention on a test picture of each of N classes, of all where there are fewer; default 6",
     )
     parser.add_argument(
         "--layers", type=_numbers, default=[], metavar="N,…", help="show these layers' attention apart, counted from 1"
@@ -35,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--pictures, --layers and --heads are for the page of a single run")
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Imported here, for it takes a second or two, and Ctrl-C is waited for.
     from vit_jax.reports.page import write
     from vit_jax.reports.runs import ReportError
 
@@ -43,14 +55,25 @@ def main(argv: list[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except OSError as error:  # the machine's: no permission, a full disk, something in the way
         print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, as in 1,2, got {text!r}")
+    return [int(part) for part in dict.fromkeys(text.split(","))]
+
+
+def _end(*_: Any) -> None:
+    """Answers Ctrl-C: libraries that are being imported, and JAX at times, lose a KeyboardInterrupt or abort in their C++."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
     sys.exit(main())

@@ -38,7 +38,7 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What of the attention is shown: for how many pictures, and of which layers and heads apart, counted from 1."""
+    """What of the attention is shown: for how many classes, a picture each, and of which layers and heads, counted from 1."""
 
     pictures: int = 6
     layers: tuple[int, ...] = ()
@@ -85,8 +85,10 @@ def weights(run: Run) -> Iterator[Drawing]:
     side, first = run.config.data.image_size // model.stride, int(model.classifier == "token")
     embeddings = {name: params["Transformer"]["posembed_input"]["pos_embedding"] for name, (_, params) in models.items()}
     figure = figures.positions({name: np.asarray(rows)[0, first:] for name, rows in embeddings.items()}, (side, side))
+    resized = " Those from before are resized to this grid, where their file holds another." if BEFORE in models else ""
     caption = (
-        f"Cosine similarity of position embeddings: a tile for each of the {side}×{side} patches, against all patches.{said}"
+        f"Cosine similarity of position embeddings: a tile for each of the {side}×{side} patches, against all patches."
+        f"{resized}{said}"
     )
     yield Drawing("positions", "Position embeddings", figure, caption)
 
@@ -118,8 +120,8 @@ def looks(run: Run, look: Look) -> Iterator[Drawing]:
     if masks:
         figure = figures.rollout(shown, {name: np.stack(found) for name, found in masks.items()}, names)
         caption = (
-            "Test pictures lit by how much of each patch reaches the class token through all layers (attention rollout), "
-            f"bright where it is most, dark where least, in each picture by itself. {which}{said}"
+            "Test pictures, and in colours over them how much of each patch reaches the class token through all layers "
+            f"(attention rollout): from the least to the most in each picture by itself. {which}{said}"
         )
         yield Drawing("rollout", "Where it looks", figure, caption)
     figure = figures.attention_distance({name: np.mean(found, axis=0) for name, found in far.items()})
@@ -131,7 +133,10 @@ def looks(run: Run, look: Look) -> Iterator[Drawing]:
     if not masks:
         raise Missing("The model averages its patches and has no class token: there is no attention rollout.")
     for number, maps_of in enumerate(apart):
-        caption = f"The picture of class {names[number]}, lit by the class token's attention in single layers and heads."
+        caption = (
+            f"The picture of class {names[number]}, and in colours over it the class token's attention in single layers and "
+            "heads: from the least to the most in each by itself."
+        )
         figure = figures.heads(shown[number], maps_of)
         yield Drawing(f"heads_{number + 1}", f"Layers and heads: {names[number]}", figure, caption)
 
@@ -157,7 +162,7 @@ def predicted(run: Run) -> Iterator[Drawing]:
         "Reliability",
         figures.reliability(logits, labels),
         "Accuracy of pictures that the model is about equally sure of (15 bins), and how many those are. Where bars stay below "
-        "the line, the model is too sure of itself; the expected calibration error is their mean distance.",
+        "the line, the model is too sure of itself; the expected calibration error is their distance, averaged over pictures.",
     )
     if len(run.test) != len(labels):
         raise Missing(f"predictions.npz holds {len(labels)} pictures, the test split on this machine {len(run.test)}.")
@@ -202,14 +207,15 @@ def _wanted(model: VisionTransformer, look: Look) -> tuple[tuple[int, ...], tupl
 def _examples(run: Run, count: int) -> tuple[np.ndarray, np.ndarray, str]:
     """A test picture of each of `count` classes that lie evenly in their order: (pictures uint8, labels, which those are).
 
-    The picture that the model is surest of and right; before there are predictions, the first one.
+    The picture that the model is surest of and right, or else the first one; before there are predictions, the first one.
     """
     source = run.test
     try:
         logits, labels = run.predictions
         if len(labels) != len(source):
             raise Missing("")
-        which, rank = "The picture of its class that the model is surest of and right.", figures.softmax(logits)
+        which = "The picture of its class that the model is surest of and right; the first one where it is right about none."
+        rank = figures.softmax(logits)
         rank = np.where(logits.argmax(axis=1) == labels, rank.max(axis=1), 0)
     except Missing:
         _, labels = source.take(np.arange(min(len(source), 2000)))

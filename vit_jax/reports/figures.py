@@ -5,12 +5,14 @@ Okabe and Ito's, and viridis. Pictures are composed into one array, because axes
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -85,14 +87,18 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss, accuracy and learning rate by step, of one run or of several over each other.
 
-    `runs` is name → the lines of metrics.jsonl. The training loss is a running mean over a twentieth of the run, dashed where
-    there are several runs; of a single one each step's loss is there too, pale, and the accuracy among the first five.
+    `runs` is name → the lines of metrics.jsonl. A colour a run; the training loss is a running mean over a twentieth of it,
+    dashed where there are several runs; of a single one each step's loss is there too, pale, and the accuracy among the first
+    five.
     """
     alone = len(runs) == 1
-    figure = Figure((_WIDTH, 5 + _LINE * len(runs) * (not alone)), layout="constrained")
+    labels = ["\n".join(textwrap.wrap(name, 58)) for name in runs]
+    figure = Figure((_WIDTH, 5 + _LINE * (not alone) * sum(label.count("\n") + 1 for label in labels)), layout="constrained")
     loss, accuracy, rate = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1.6))
-    for at, (name, lines) in enumerate(runs.items()):
-        training = _COLOURS[at % len(_COLOURS)]
+    colours: Any = _COLOURS
+    if len(runs) > len(_COLOURS):  # no two alike; the yellow end is lost on white
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    for training, label_of_run, lines in zip(colours, labels, runs.values(), strict=False):
         test = _COLOURS[1] if alone else training
         x, y = _series(lines, "train/loss")
         if alone:
@@ -106,7 +112,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         for metric, style, label in (("accuracy", "-", "first"), ("accuracy_top5", ":", "among the first five"))[: 1 + alone]:
             x, y = _series(lines, f"test/{metric}")
             accuracy.plot(x, 100 * y, style, color=test, linewidth=1.3, label=label, **mark)
-        rate.plot(*_series(lines, "train/learning_rate"), color=training, linewidth=1.3, label=name)
+        rate.plot(*_series(lines, "train/learning_rate"), color=training, linewidth=1.3, label=label_of_run)
     loss.set_title("loss")
     loss.legend(handles=loss.get_lines()[-2:])
     accuracy.set_title("test accuracy, %")
@@ -164,18 +170,18 @@ def attention_distance(found: Mapping[str, np.ndarray]) -> Figure:
 
 
 def rollout(pictures: np.ndarray, masks: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
-    """Pictures [N, h, w, 3] in [0, 1], and beside each the same lit by masks [N, gh, gw]; `masks` is name → masks.
+    """Pictures [N, h, w, 3] in [0, 1], and masks [N, gh, gw] laid over each in colours; `masks` is name → masks.
 
-    A mask's largest value leaves the picture as it is, its smallest almost black.
+    A mask's colours go from its own smallest value to its own largest.
     """
-    groups = [(picture, *(_lit(picture, of[at]) for of in masks.values())) for at, picture in enumerate(pictures)]
-    return _pictures(groups, labels, 1 if len(groups) == 1 else 2, headings=("picture", *masks))
+    groups = [(picture, *(_overlaid(picture, of[at]) for of in masks.values())) for at, picture in enumerate(pictures)]
+    return _pictures(groups, labels, 1 if len(groups) == 1 else 2, headings=("picture", *masks), scale=True)
 
 
 def heads(picture: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
-    """One picture [h, w, 3] in [0, 1], and the same lit by the class token's attention [gh, gw]; `maps` is name → map."""
-    shown = [_lit(picture, found) for found in maps.values()]
-    return _pictures([(one,) for one in (picture, *shown)], ("picture", *maps), 4)
+    """One picture [h, w, 3] in [0, 1], and the class token's attention [gh, gw] laid over it; `maps` is name → map."""
+    shown = [_overlaid(picture, found) for found in maps.values()]
+    return _pictures([(one,) for one in (picture, *shown)], ("picture", *maps), 4, scale=True)
 
 
 @_styled
@@ -294,11 +300,13 @@ def _panels(images: Mapping[str, np.ndarray], **options: Any) -> Figure:
     return figure
 
 
-def _lit(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _overlaid(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture in grey, blended evenly with the mask's colours: darkening instead would hide what is dark already."""
     height, width = picture.shape[:2]
-    light = (mask - mask.min()) / max(float(mask.max() - mask.min()), 1e-12)
-    smooth = Image.fromarray(light.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    return picture * (0.12 + 0.88 * np.asarray(smooth)[..., None])
+    share = (mask - mask.min()) / max(float(mask.max() - mask.min()), 1e-12)
+    smooth = Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    grey = picture @ np.array((0.299, 0.587, 0.114))
+    return 0.5 * grey[..., None] + 0.5 * matplotlib.colormaps["viridis"](np.asarray(smooth))[..., :3]
 
 
 def _fit(picture: np.ndarray, size: int) -> np.ndarray:
@@ -315,16 +323,23 @@ def _fit(picture: np.ndarray, size: int) -> np.ndarray:
 
 @_styled
 def _pictures(
-    groups: Sequence[Sequence[np.ndarray]], labels: Sequence[str], columns: int, headings: Sequence[str] = ()
+    groups: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    columns: int,
+    headings: Sequence[str] = (),
+    scale: bool = False,
 ) -> Figure:
-    """Groups of pictures [h, w, 3] in [0, 1], a label above each; `headings` name a group's pictures, above the first row."""
+    """Groups of pictures [h, w, 3] in [0, 1], a label above each; `headings` name a group's pictures, above the first row.
+
+    `scale` puts the colours of `_overlaid` below them.
+    """
     columns = min(columns, len(groups)) if headings else columns
     each, rows = len(groups[0]), math.ceil(len(groups) / columns)
     size = (_PIXELS - 4 * _GAP * (columns - 1) - _GAP * columns * (each - 1)) // (columns * each)
     line = round(_LINE * DPI)
     above, head = line * max(label.count("\n") + 1 for label in labels) + 6, line * bool(headings)
     step = (each * size + (each - 1) * _GAP + 4 * _GAP, above + size + 10)
-    canvas = np.full((head + rows * step[1], _PIXELS, 3), 255, np.uint8)
+    canvas = np.full((head + rows * step[1] + 3 * line // 2 * scale, _PIXELS, 3), 255, np.uint8)
     figure = Figure((_WIDTH, len(canvas) / DPI))
     axis = figure.add_axes((0, 0, 1, 1))
     for at, (group, label) in enumerate(zip(groups, labels, strict=True)):
@@ -338,4 +353,9 @@ def _pictures(
         axis.text(x, y - 9, text, fontsize=8, color=_INK, linespacing=1.15)
     axis.imshow(canvas, interpolation="nearest", aspect="auto")
     axis.set_axis_off()
+    if scale:
+        bar = figure.add_axes((0.35, 0.5 * line / len(canvas), 0.3, 0.5 * line / len(canvas)))
+        figure.colorbar(ScalarMappable(cmap="viridis"), cax=bar, orientation="horizontal", ticks=()).outline.set_visible(False)
+        for place, end, side in ((-0.03, "least", "right"), (1.03, "most", "left")):
+            bar.text(place, 0.5, end, fontsize=7.5, color="#666666", ha=side, va="center_baseline", transform=bar.transAxes)
     return figure

@@ -19,6 +19,7 @@ from vit_jax.reports.drawings import Drawing, Look
 from vit_jax.reports.runs import Missing, ReportError, Run, read, repeated
 
 _NONE = "–"
+_MEASURED = ("test/accuracy", "test/accuracy_top5", "test/loss")
 _STYLE = """
 :root { font: 100%/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1b1b1b }
 body { max-width: 70rem; margin: 0 auto; padding: 1rem; background: #fff; overflow-wrap: anywhere }
@@ -30,10 +31,14 @@ h3 { margin: 0 0 .4rem; font-size: 1rem }
 .note { padding: .6rem .8rem; background: #fdf3e4; border-left: 4px solid #e69f00 }
 table { border-collapse: collapse; max-width: 100%; font-size: .92rem }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4 }
+tr > :last-child { padding-right: 0 }
 th { font-weight: normal; color: #555 }
 .numbers { overflow-x: auto }
 .numbers td, .numbers th + th { overflow-wrap: normal; font-variant-numeric: tabular-nums }
 .numbers th:first-child { min-width: 5rem }
+.differing table { table-layout: fixed; width: 100% }
+.differing th { width: 25% }
+.differing th:last-child { width: 50% }
 .figures, .settings table { display: block; columns: 2 24rem; column-gap: 2.5rem }
 figure { margin: 0 0 1.8rem; break-inside: avoid }
 img { display: block; max-width: 100%; height: auto }
@@ -73,16 +78,21 @@ def write(
       runs: folders that main.py has trained in; a run may still go on.
       output: the page; None: `report.html` in the run's folder, or `comparison.html` beside the first of several. A single
         run's figures are also written as files, into the folder `figures` beside the page.
-      pictures: how many test pictures are shown with the model's attention. Nothing else is computed by a model.
+      pictures: of how many classes a test picture is shown with the model's attention, of all where there are fewer. Nothing
+        else is computed by a model.
       layers, heads: those whose attention is shown apart, counted from 1. Heads alone are the last layer's, layers alone are
         shown with all their heads.
 
-    Raises ReportError for a folder that is no run, a configuration that cannot be read, and a layer or head that the model
-    does not have; OSError where the page cannot be written. Everything else that is not there is said on the page.
+    Raises ReportError for a folder that is no run or is given twice, a configuration that cannot be read, and a layer or head
+    that the model does not have; OSError where the page cannot be written. What else is not there is said on the page.
     """
     if not runs or pictures < 1:
         raise ReportError("a report takes a run's folder and shows at least one picture")
-    found = [read(Path(run)) for run in runs]
+    folders: dict[str, Path] = {}
+    for folder in map(Path, runs):
+        if (same := folders.setdefault(os.path.realpath(folder), folder)) is not folder:
+            raise ReportError(f"{same} and {folder} are the same run; name it once")
+    found = [read(folder) for folder in folders.values()]
     if len(found) == 1:
         path = Path(output) if output else found[0].path / "report.html"
         title, body = found[0].name, _report(found[0], path.parent / "figures", Look(pictures, tuple(layers), tuple(heads)))
@@ -136,15 +146,16 @@ def _summary(run: Run) -> Iterator[str]:
         if last:
             so_far = f"{_number('accuracy', last['test/accuracy'])} of the test pictures at step {last['step']:.0f}"
         yield f'<p class="headline"><strong>Not finished</strong>: {where}; {so_far}.</p>'
-    names = [name for name in ("test/accuracy", "test/accuracy_top5", "test/loss") if name in last]
     rows: list[Sequence[Any]] = [("", "final" if run.finished else "latest", "best", "expected", "off by")]
-    for name in dict.fromkeys([*names, *expected]):
+    for name in (name for name in _MEASURED if name in last or name in expected):
         value, wanted = last.get(name), expected.get(name)
         gap = value - wanted if value is not None and wanted is not None else None
         values = (_number(name, x) for x in (value, best.get(name), wanted))
-        rows.append((name.replace("/", " ").replace("_", " "), *values, _number(name, gap, "+").removesuffix("\u00a0%")))
+        rows.append((_words(name), *values, _number(name, gap, "+").replace("\u00a0%", " points")))
     if len(rows) > 1:
-        yield _table(rows, head=True)
+        yield _table(rows, "numbers")
+    if besides := [f"{_words(name)} {_number(name, value)}" for name, value in expected.items() if name not in _MEASURED]:
+        yield f"<p>Also expected: {html.escape(', '.join(besides))}.</p>"
     start = run.config.model.checkpoint or f"random weights, {run.config.model.variant}"
     if digest := run.meta.get("source_sha256"):
         start += f", SHA-256 {digest}"
@@ -174,7 +185,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
         if run.finished:
             final = _number("accuracy", run.evaluations[-1]["test/accuracy"])
         rows.append((label, final, best, expected, _rate(run.speed())))
-    yield f"<p>Accuracy on the test split.</p>\n{_table(rows, head=True)}"
+    yield f"<p>Accuracy on the test split.</p>\n{_table(rows, 'numbers')}"
     for group in repeated([run for run in runs if run.finished]):
         finals = [100 * run.evaluations[-1]["test/accuracy"] for run in group]
         mean, deviation = statistics.mean(finals), statistics.stdev(finals)
@@ -184,10 +195,14 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
             f"deviation of {len(group)} runs that differ in the seed alone ({which}).</p>"
         )
     yield "<h2>Settings that differ</h2>"
-    values_of = [fields(run.config) for run in runs]
-    differing = [name for name in values_of[0] if any(name in difference(runs[0].config, run.config) for run in runs)]
-    rows = [("", *labels), *((name, *(values[name][0] for values in values_of)) for name in differing)]
-    yield _table(rows, head=True) if differing else '<p class="note">None that changes the numbers.</p>'
+    differing = {name for run in runs for name in difference(runs[0].config, run.config)}
+    rows = [("setting", "value", "runs")]  # no column a run: many would not fit
+    for name in (name for name in fields(runs[0].config) if name in differing):
+        with_value: dict[str, list[str]] = {}
+        for run, label in zip(runs, labels, strict=True):
+            with_value.setdefault(str(fields(run.config)[name][0]), []).append(label)
+        rows += [(name if not at else "", value, ", ".join(of)) for at, (value, of) in enumerate(with_value.items())]
+    yield _table(rows, "differing") if differing else '<p class="note">None that changes the numbers.</p>'
     figure = figures.curves({label: run.metrics for label, run in zip(labels, runs, strict=True)})
     caption = "A colour a run: loss in training as a running mean (dashed) and on the test split, test accuracy, learning rate."
     yield f'<h2>Learning</h2>\n<div class="figures">{_drawn(Drawing("curves", "Learning curves", figure, caption))}</div>'
@@ -211,15 +226,19 @@ def _drawn(drawing: Drawing, folder: Path | None = None) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[Any]], head: bool = False) -> str:
-    """An HTML table whose first column holds headings; of numbers, where `head`, whose first row does too."""
+def _table(rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+    """An HTML table whose first column holds headings; one of a kind, "numbers" or "differing", whose first row does too."""
     lines = []
     for number, row in enumerate(rows):
-        kinds = ["th"] * len(row) if head and not number else ["th", *["td"] * (len(row) - 1)]
+        kinds = ["th"] * len(row) if kind and not number else ["th", *["td"] * (len(row) - 1)]
         cells = (f"<{kind}>{html.escape(str(cell))}</{kind}>" for kind, cell in zip(kinds, row, strict=True))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     table = "<table>\n" + "\n".join(lines) + "\n</table>"
-    return f'<div class="numbers">\n{table}\n</div>' if head else table
+    return f'<div class="{kind}">\n{table}\n</div>' if kind else table
+
+
+def _words(name: str) -> str:
+    return name.replace("/", " ").replace("_", " ")
 
 
 def _number(name: str, value: float | None, sign: str = "") -> str:

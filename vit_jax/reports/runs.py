@@ -39,7 +39,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder, its configuration, and the lines of its metrics.jsonl in order (those that are whole)."""
+    """A run's folder, its configuration, and the lines of its metrics.jsonl in order: those that are whole and of its steps."""
 
     path: Path
     config: Config
@@ -219,7 +219,8 @@ def read(path: Path) -> Run:
             line = json.loads(text)
         except (ValueError, RecursionError):  # a kill cuts the last line short, and so does reading while it is written
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
+        # What lies past the last step is another run's.
+        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= config.training.steps:
             # What is no finite number is not drawn, and is never the best.
             metrics.append({key: value for key, value in line.items() if type(value) in (int, float) and abs(value) < 1e30})
     return Run(path, config, metrics)

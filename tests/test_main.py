@@ -158,6 +158,44 @@ def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", [["--dry_run"], ["--eval_only"], []])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.checkpoint=~nobody-of-that-name/x", "error: ~nobody-of-that-name/x cannot be read (Could not determine home"),
+        ("model.checkpoint=/proc/self/mem", "error: /proc/self/mem is empty"),
+        ("model.checkpoint=loop", "error: there is no file loop"),
+        (
+            "run.data_dir=~nobody-of-that-name/x",
+            "error: run.data_dir = '~nobody-of-that-name/x': cifar100 cannot be had",
+        ),
+        ("run.data_dir=/proc/self/mem", "error: cifar100 cannot be written into /proc/self/mem"),
+        ("run.data_dir=loop", "error: cifar100 cannot be written into loop"),
+    ],
+)
+def test_paths_that_lead_nowhere(main, demo, capsys, tmp_path, monkeypatch, mode, override, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    task = ["--config.data.task=cifar100"] if override.startswith("run") else []
+    assert main.main([*demo, *mode, *task, f"--config.{override}", "--workdir=w"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["checkpoints.google", "data.prepare"])
+def test_what_nobody_may_read(main, demo, capsys, tmp_path, monkeypatch, module):
+    """The weights; the folder of the data."""
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", "there")
+
+    name = {"checkpoints.google": "open", "data.prepare": "find_prepared"}[module]
+    monkeypatch.setattr(f"vit_jax.{module}.{name}", refused, raising=False)
+    assert main.main([*demo, "--dry_run", "--workdir", str(tmp_path / "w")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "there" in error and "Permission denied" in error and error.count("\n") == 1
+
+
 def test_a_checkpoint_that_is_not_there_says_where_to_get_it(main, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = str(ROOT / "configs" / "cifar100_b16.py")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import vit_jax
+from vit_jax.checkpoints import google
 from vit_jax.checkpoints.google import CheckpointError, save_npz
 from vit_jax.config import Augment, Config, Data, Model, Optimizer, Run, Training
 from vit_jax.data.sources import open_split
@@ -97,8 +98,10 @@ def test_probabilities_and_names(classify, noise):
     everything = classify(noise(), top=100)[0]
     assert sorted(name for name, _ in everything) == NAMES
     assert classify(np.zeros((8, 8, 3), np.uint8), top=2)[0] == classify(np.zeros((8, 8, 3), np.uint8), top=7)[0][:2]
-    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
-        classify(noise(), top=0)
+    for top in (0, "3", 2.5):
+        with pytest.raises(ValueError, match=f"top must be a whole number from 1 on, got {top!r}"):
+            classify(noise(), top=top)
+    assert classify(noise(), top=np.int64(2))
     with pytest.raises(ValueError, match="batch_size must be a whole number from 1 on, got 0"):
         Classifier("nowhere", batch_size=0)
 
@@ -197,6 +200,49 @@ def test_models_that_cannot_answer(tmp_path, noise):
     assert len(gap(noise())[0]) == 5
     with pytest.raises(CheckpointError, match="has no class token"):
         gap.attention(noise())
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (5, "weights are a path or a published name, got 5"),
+        ("~nobody-of-that-name/x", r"~nobody-of-that-name/x cannot be read \(Could not determine home directory"),
+        ("/proc/self/mem", "/proc/self/mem is empty"),
+        ("loop", "there is no file loop"),
+    ],
+)
+def test_paths_that_are_no_weights(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        Classifier(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_nobody_may_read(run, monkeypatch):
+    def refused(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(google, "open", refused, raising=False)
+    with pytest.raises(CheckpointError, match=r"final\.npz cannot be read \(Permission denied\)$"):
+        Classifier(run)
+
+
+def test_what_is_assumed_of_weights_is_said(tmp_path, caplog):
+    """Of those that may be of any origin; Google's are known by their names, as in the test of names."""
+    scaling = "nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed"
+    naming = "nothing beside %s names its 7 classes: they are called by their numbers"
+    for name, meta, expected in (
+        ("bare.npz", None, [naming, scaling]),
+        ("names.npz", {"class_names": NAMES}, [scaling]),
+        ("scaling.npz", {"normalization": META["normalization"]}, [naming]),
+        ("copy.npz", {"copy_of": "ViT-B_16", "class_names": NAMES}, []),
+        ("whole.npz", META, []),
+    ):
+        caplog.clear()
+        path = save(tmp_path / name, meta)
+        Classifier(path)
+        assert caplog.messages == [sentence % path for sentence in expected]
 
 
 def test_a_picture_need_not_be_seen_as_a_square(tmp_path, noise):

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.predict.__main__ import main
+from vit_jax.predict import PictureError, pictures
+from vit_jax.predict.__main__ import _DRAWN, main
 
 from .conftest import NAMES, save
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -61,6 +64,54 @@ def test_standard_input(run, folder, capsys, monkeypatch):
     assert line["picture"] == "standard input" and {found["name"] for found in line["predictions"]} < set(NAMES)
     assert main(["--checkpoint", str(run), "-"]) == 1
     assert capsys.readouterr().err == "error: standard input is empty\n"
+
+
+def test_streams_that_are_closed(run, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["--checkpoint", str(run), "-"]) == 1
+    assert capsys.readouterr().err == "error: standard input is closed\n"
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert main(["--checkpoint", str(run), str(folder / "a.png")]) == 1
+    assert capsys.readouterr().err == "error: standard output is closed, and the answers go there\n"
+
+
+@pytest.mark.parametrize("package", ["jax", "PIL"])
+@pytest.mark.parametrize("interrupt", ["raise KeyboardInterrupt", "lost()"])
+def test_an_interruption_while_it_starts_is_quiet(package, interrupt):
+    """Also where a library loses it, as JAX's callback of the garbage collector does."""
+    code = f"""
+import contextlib, runpy, signal, sys
+
+def lost():
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {package!r}:
+            {interrupt}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["predict", "--checkpoint", "none.npz", "none.png"]
+runpy.run_module("vit_jax.predict", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_picture_that_goes_before_it_is_drawn(run, folder, capsys, monkeypatch):
+    read = pictures.picture
+
+    def picture(source, size, name):
+        if size == (_DRAWN, _DRAWN):
+            raise PictureError(f"there is no file {name}")
+        return read(source, size, name)
+
+    monkeypatch.setattr(pictures, "picture", picture)
+    assert main(["--checkpoint", str(run), str(folder / "a.png"), "--attention", str(folder / "x.png")]) == 1
+    assert capsys.readouterr().err == f"error: there is no file {folder}/a.png\n"
 
 
 def test_attention_is_drawn(run, folder, capsys, monkeypatch):
@@ -113,7 +164,7 @@ def test_it_runs_as_a_module_and_bears_a_reader_who_leaves(run, folder):
     command = [sys.executable, "-m", "vit_jax.predict", "--checkpoint", str(run), "--batch_size", "1", "--json"]
     process = subprocess.Popen(
         [*command, *100 * [str(folder / "a.png")]],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

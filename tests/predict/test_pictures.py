@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+import time
 
 import jax
 import numpy as np
@@ -202,9 +203,16 @@ def test_the_pictures_of_a_folder(tmp_path):
 @pytest.fixture(scope="module")
 def server():
     red = encoded(Image.new("RGB", (8, 8), "red"))
+    over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path.startswith("/drip"):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX: " + (b"\r\n\r\n" if self.path == "/drip" else b""))
+                with contextlib.suppress(OSError):
+                    while not over.wait(0.02):
+                        self.wfile.write(b"x")
+                return
             kind = {"/page": "text/html; charset=utf-8"}.get(self.path, "application/octet-stream")
             self.send_response(404 if self.path == "/none" else 200)
             self.send_header("Content-Type", kind)
@@ -220,6 +228,7 @@ def server():
         thread = threading.Thread(target=functools.partial(found.serve_forever, poll_interval=0.01))
         thread.start()
         yield f"http://127.0.0.1:{found.server_port}"
+        over.set()
         found.shutdown()
         thread.join()
 
@@ -239,6 +248,16 @@ def test_a_picture_at_an_address(server):
 def test_an_address_without_a_picture(server, path, said):
     with pytest.raises(PictureError, match=f"^{server}{said}$"):
         read(server + path, (32, 32), server + path)
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
+def test_a_server_that_drips_is_not_waited_for(server, monkeypatch, path):
+    """Each byte comes soon after the one before, and there is no end of them."""
+    monkeypatch.setattr(pictures, "_PATIENCE", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(PictureError, match=f"{server}{path} did not end within"):
+        fetch(server + path)
+    assert time.monotonic() - begun < 5
 
 
 def test_addresses_have_bounds(server, monkeypatch):

@@ -1,7 +1,9 @@
 """From a file to a model with its parameters, as published or made ready for fine-tuning."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,16 @@ def _model_of(params: dict[str, Any], source: str) -> VisionTransformer:
     return model
 
 
+@contextlib.contextmanager
+def reading(source: str | os.PathLike) -> Iterator[None]:
+    """What the machine refuses of a path in this block (no permission, no home for its ~) becomes a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        refused, reason = getattr(error, "filename", None) or source, getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{refused} cannot be read ({reason})") from None
+
+
 def _is_safetensors(path: Path) -> bool:
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path} is a program, which is written but not read; give the weights that it was made of")
@@ -88,7 +100,8 @@ def outline(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, 
 
     An npz in one of Google's forms is judged by its headers, and the types are those on disk; safetensors are read.
     """
-    tree = read_safetensors(path, skip) if _is_safetensors(path) else read_shapes(path, skip)
+    with reading(path):
+        tree = read_safetensors(path, skip) if _is_safetensors(path) else read_shapes(path, skip)
     return _model_of(tree, str(path)), tree
 
 
@@ -99,14 +112,16 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dic
     Headers are held against the model before anything is read. CheckpointError as `load`.
     """
     model, tree = outline(path, skip)
-    return model, tree if _is_safetensors(path) else read_npz(path, skip)
+    with reading(path):
+        return model, tree if _is_safetensors(path) else read_npz(path, skip)
 
 
 def meta_of(path: Path) -> dict[str, Any]:
     """What lies beside a file of weights and speaks of them, in the terms of the JSON beside an npz; may be empty."""
-    if path.suffix == ".stablehlo":
-        return read_about(path)
-    return (read_config(path) if _is_safetensors(path) else read_meta(path)) or {}
+    with reading(path):
+        if path.suffix == ".stablehlo":
+            return read_about(path)
+        return (read_config(path) if _is_safetensors(path) else read_meta(path)) or {}
 
 
 def load(
@@ -127,12 +142,13 @@ def load(
     (pixels, one number or height and width), positions resized to it, as the original does. The other fields are
     VisionTransformer's.
 
-    CheckpointError for a file that is none, is damaged, lacks or adds an array, or has no head where one is asked for;
-    ValueError for an image size that patches do not divide.
+    CheckpointError for a file that is none, cannot be read, is damaged, lacks or adds an array, or has no head where one is
+    asked for; ValueError for an image size that patches do not divide.
     """
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
-    path = find(source, complete=num_classes is None)
+    with reading(source):
+        path = find(source, complete=num_classes is None)
     model, params = read(path, skip=() if num_classes is None else ("head", "pre_logits"))
     if num_classes is None and not model.num_classes:
         raise CheckpointError(f"{path} has no head; give num_classes for a fresh one, or num_classes=0 for features")

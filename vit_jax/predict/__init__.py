@@ -1,6 +1,15 @@
 """What a model sees in pictures: `Classifier` in Python, `python -m vit_jax.predict` on a command line."""
 
-from vit_jax.predict.classifier import Classifier
-from vit_jax.predict.pictures import PictureError
+import importlib
+from typing import Any
 
-__all__ = ["Classifier", "PictureError"]
+# Name → module, looked up when first used (PEP 562): the command line imports this file before it can be interrupted quietly.
+_DOORS = {"Classifier": "classifier", "PictureError": "pictures"}
+
+__all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)

@@ -1,24 +1,22 @@
 """The command line of prediction: `python -m vit_jax.predict --help`."""
 
+from __future__ import annotations
+
 import argparse
 import functools
 import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
-from vit_jax.checkpoints.files import whole_file
-from vit_jax.checkpoints.google import CheckpointError
-from vit_jax.predict import pictures
-from vit_jax.predict.classifier import Classifier, Result
-from vit_jax.predict.pictures import PictureError, Source
+if TYPE_CHECKING:  # what takes its time is imported where Ctrl-C is waited for
+    from vit_jax.predict.classifier import Classifier, Result
+    from vit_jax.predict.pictures import Source
 
 _MOST_DRAWN = 64  # pictures whose attention fits on a page
 _DRAWN = 398  # pixels of the longer side of one that is drawn
@@ -30,7 +28,18 @@ Pictures that cannot be used are named on standard error, the others are finishe
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classifies pictures; returns the exit status: 0, 1 where something could not be used, 2 for a wrong command line."""
+    """Classifies pictures; returns the exit status: 0, 1 where something could not be used, 130 where somebody interrupted.
+
+    SystemExit of 2 for a wrong command line.
+    """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.predict",
         description="What a fine-tuned or published model sees in pictures.",
@@ -63,11 +72,19 @@ def main(argv: list[str] | None = None) -> int:
     named = [item for argument in args.pictures for item in _named(argument)]
     if args.attention and len(named) > _MOST_DRAWN:
         parser.error(f"--attention draws {_MOST_DRAWN} pictures at most, these are {len(named):,}")
+    if sys.stdout is None:
+        print("error: standard output is closed, and the answers go there", file=sys.stderr)
+        return 1
+    from jax.errors import JaxRuntimeError
+
+    from vit_jax.checkpoints.google import CheckpointError
+    from vit_jax.predict.pictures import PictureError
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of a bad picture one sentence is said
     try:
         return _predict(args, named)
-    except CheckpointError as error:
+    except (CheckpointError, PictureError) as error:  # the latter of a picture that was there, and is drawn
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever reads the answers has seen enough
@@ -76,14 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # the machine's: no permission, a full disk
         print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print("error: the device has too little memory for this: lower --batch_size", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _positive(text: str) -> int:
@@ -100,17 +114,32 @@ def _png(text: str) -> Path:
 
 def _named(argument: str) -> list[tuple[str, Source]]:
     """The pictures that an argument stands for, each with its name."""
+    from vit_jax.predict import pictures
+
     if argument == "-":
-        return [("standard input", lambda: sys.stdin.buffer.read(pictures.MOST_BYTES))]
+        return [("standard input", _standard_input)]
     if pictures.is_address(argument):
         return [(argument, functools.partial(pictures.fetch, argument))]
     # A folder without pictures stays, and ends in a sentence.
     return [(str(path), path) for path in pictures.within(argument)] or [(argument, argument)]
 
 
+def _standard_input() -> bytes:
+    from vit_jax.predict.pictures import MOST_BYTES, PictureError
+
+    if sys.stdin is None:
+        raise PictureError("standard input is closed")
+    return sys.stdin.buffer.read(MOST_BYTES)
+
+
 def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
     from tqdm import tqdm
 
+    from vit_jax.predict.classifier import Classifier
+    from vit_jax.predict.pictures import PictureError
+
+    if signal.getsignal(signal.SIGINT) is _end:  # from here on there is something to tidy up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     classify = Classifier(args.checkpoint, args.batch_size)
     if args.attention:
         classify.check_attention()
@@ -146,6 +175,10 @@ def _block(name: str, found: Result) -> str:
 
 def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Result]]) -> None:
     """Writes the pictures, each beside itself with attention rollout laid over it."""
+    import numpy as np
+
+    from vit_jax.checkpoints.files import whole_file
+    from vit_jax.predict import pictures
     from vit_jax.reports import figures
 
     views: Any = []
@@ -161,7 +194,17 @@ def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Resul
     print(f"attention: {path}", file=sys.stderr)
 
 
+def _end(*_: Any) -> None:
+    """Answers Ctrl-C while libraries are imported: some lose a KeyboardInterrupt, or abort where it reaches their C++."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    if sys.stderr is None:  # else what is said there would go among the answers
+        sys.stderr = io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone
     status = main()

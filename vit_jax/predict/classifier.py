@@ -1,5 +1,6 @@
 """A model that is loaded once and then says what is in pictures."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,14 +13,16 @@ from PIL import Image
 
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.google import CheckpointError
-from vit_jax.checkpoints.load import load, meta_of, outline
+from vit_jax.checkpoints.load import load, meta_of, outline, reading
 from vit_jax.checkpoints.meta import image_size, statistics
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.models.variants import patches
-from vit_jax.predict.names import class_names
+from vit_jax.predict.names import class_names, is_googles
 from vit_jax.predict.pictures import PictureError, Source, read
 from vit_jax.reports.attention import rollout
+from vit_jax.transforms.preprocess import scale
 
+_log = logging.getLogger("vit_jax")
 _THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode
 
 Result = list[tuple[str, float]]  # (name, probability) of the most probable classes, best first
@@ -34,7 +37,7 @@ class Classifier:
     photographs and very large ones: `predict.pictures`.
 
     The numbers are those of a run's evaluation, up to rounding: pictures resized straight to the size that the weights are
-    for, scaled as the JSON beside them says, and as Google's where there is none.
+    for, scaled as the JSON beside them says, and as Google's where it does not, which the log says of files that may not be.
 
     Attributes:
       model, params: as `load` gives them.
@@ -48,7 +51,10 @@ class Classifier:
     def __init__(self, source: str | os.PathLike, batch_size: int = 32):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
-        path = find(source, complete=True)
+        if not isinstance(source, str | os.PathLike):
+            raise CheckpointError(f"weights are a path or a published name, got {source!r}")
+        with reading(source):
+            path = find(source, complete=True)
         model, tree = outline(path)
         if not model.num_classes:
             raise CheckpointError(f"{path} has no head and so names no classes: vit_jax.features gives what a head would see")
@@ -56,18 +62,20 @@ class Classifier:
         self.image_size = image_size(meta, model.stride, patches(model, tree))
         self.class_names = class_names(path, meta, model.num_classes)
         self.batch_size = batch_size
-        mean, deviation = (np.float32(255 * np.reshape(values, (1, 1, 1, 3))) for values in statistics(meta))
+        channels = statistics(meta)
+        if not meta.get("normalization") and not is_googles(path, meta, model.num_classes):
+            _log.warning("nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed", path)
         self.model, self.params = load(path)
 
         def probabilities(params: Any, images: jax.Array) -> jax.Array:
-            logits: Any = self.model.apply({"params": params}, (images - mean) / deviation)
+            logits: Any = self.model.apply({"params": params}, scale(images, channels))
             return jax.nn.softmax(logits)
 
         def attention(params: Any, images: jax.Array) -> jax.Array:
             def mean_over_heads(image: jax.Array) -> jax.Array:  # of one picture at a time, for the maps are large
                 return attention_maps(self.model, params, image[None])[:, 0].mean(axis=1, keepdims=True)
 
-            return jax.lax.map(mean_over_heads, (images - mean) / deviation)
+            return jax.lax.map(mean_over_heads, scale(images, channels))
 
         self._probabilities, self._attention = jax.jit(probabilities), jax.jit(attention)
 
@@ -102,8 +110,8 @@ class Classifier:
         Meant for more pictures than fit in memory: a few batches of them are on their way at a time, however many there are.
         Threads read the next ones while the device works.
         """
-        if top < 1:
-            raise ValueError(f"top must be at least 1, got {top}")
+        if not isinstance(top, int | np.integer) or top < 1:
+            raise ValueError(f"top must be a whole number from 1 on, got {top!r}")
 
         def best(images: np.ndarray) -> Any:
             return jax.lax.top_k(self._probabilities(self.params, images), min(top, self.model.num_classes))

@@ -28,17 +28,18 @@ def class_names(path: Path, meta: Mapping[str, Any], num_classes: int) -> list[s
         return found
     if num_classes == 21843:
         return imagenet("21k")
-    if num_classes == 1000 and ("copy_of" in meta or _is_published(path.stem, num_classes)):
+    if num_classes == 1000 and is_googles(path, meta, num_classes):
         return imagenet("1k")
     _log.warning("nothing beside %s names its %d classes: they are called by their numbers", path, num_classes)
     return [f"class {number}" for number in range(num_classes)]
 
 
-def _is_published(name: str, num_classes: int) -> bool:
-    rows = [row for row in PUBLISHED.values() if row.name.rpartition("/")[2] == name]
+def is_googles(path: Path, meta: Mapping[str, Any], num_classes: int) -> bool:
+    """Whether weights are published ones: by what `meta` says, by their classes, or by their file's name and those."""
+    rows = [row for row in PUBLISHED.values() if row.name.rpartition("/")[2] == path.stem]
     with contextlib.suppress(CheckpointError):
-        rows.append(resolve(name))
-    return any(row.num_classes == num_classes for row in rows)
+        rows.append(resolve(path.stem))
+    return num_classes == 21843 or "copy_of" in meta or any(row.num_classes == num_classes for row in rows)
 
 
 @functools.cache

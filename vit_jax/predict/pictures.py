@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def picture(source: Source, size: tuple[int, int], name: str) -> Image.Image:
 
 def fetch(address: str) -> bytes:
     """What an http(s) address answers with; PictureError where it is a page or too large, and where nothing comes."""
+    answer: Future[bytes] = Future()
+
+    def receiving() -> None:
+        try:
+            answer.set_result(_receive(address))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # Apart, for whoever reads what drips in, in headers or from a socket, comes back when it is whole and not when time is up.
+    threading.Thread(target=receiving, name="fetching", daemon=True).start()
+    try:
+        return answer.result(_PATIENCE)
+    except TimeoutError:
+        raise _without_end(address) from None
+
+
+def _receive(address: str) -> bytes:
     import requests
 
     end, data = time.monotonic() + _PATIENCE, bytearray()
@@ -117,13 +135,10 @@ def fetch(address: str) -> bytes:
             kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
             if kind in ("text/html", "application/xhtml+xml"):
                 raise PictureError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
-            for chunk in answer.iter_content(2**16):
+            for chunk in answer.iter_content(2**12):  # small, so that a thread nobody waits for any more soon ends
                 data += chunk
                 if len(data) > MOST_BYTES or time.monotonic() > end:
-                    raise PictureError(
-                        f"{address} did not end within {MOST_BYTES // 2**20} MiB and {_PATIENCE:.0f} seconds: download it, and "
-                        "name the file"
-                    )
+                    raise _without_end(address)
     except requests.RequestException as error:
         raise PictureError(f"{address} cannot be fetched ({_reason(error)})") from None
     return bytes(data)
@@ -196,6 +211,11 @@ def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or (image.mode == "I" and 0 < pixels.max() < 2**8):
         raise PictureError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _without_end(address: str) -> PictureError:
+    most = f"{MOST_BYTES // 2**20} MiB and {_PATIENCE:.0f} seconds"
+    return PictureError(f"{address} did not end within {most}: download it, and name the file")
 
 
 def _too_large(name: str) -> PictureError:

@@ -95,7 +95,10 @@ def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTran
 def splits(config: Config) -> tuple[Source, Source]:
     """The training and the test split of a configuration's task, prepared first where they are not."""
     row = task(config.data.task)
-    prepare(row, data_dir=config.run.data_dir)
+    try:
+        prepare(row, data_dir=config.run.data_dir)
+    except (OSError, RuntimeError) as error:  # no permission, no home for its ~
+        raise ConfigError(f"run.data_dir = {config.run.data_dir!r}: {row.name} cannot be had there ({error})") from None
     return (
         open_split(row, config.data.train_split or row.train_split, config.run.data_dir),
         open_split(row, config.data.test_split or row.test_split, config.run.data_dir),

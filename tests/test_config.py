@@ -168,3 +168,23 @@ def test_every_field_is_read_somewhere():
     }
     for name in configuration.fields(Config()):
         assert name.split(".")[-1] in read_names, name
+
+
+def test_cudnn_computes_in_bfloat16_and_drops_nothing():
+    config = read("configs/demo.py")
+    config.model.attention = "cudnn"
+    check(config)
+    config.model.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"'cudnn' drops no weights, and model\.attention_dropout is 0\.1"):
+        check(config)
+    config.model.dtype = "float32"
+    with pytest.raises(ConfigError, match=r"'cudnn' computes in bfloat16, and model\.dtype is 'float32'"):
+        check(config)
+
+
+def test_what_is_not_settled_differs_from_nothing():
+    ours, theirs = Config(), Config()
+    theirs.model.dtype = "bfloat16"
+    assert difference(ours, theirs) == difference(theirs, ours) == []
+    ours.model.dtype = "float32"
+    assert difference(ours, theirs) == ["model.dtype"]

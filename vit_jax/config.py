@@ -14,6 +14,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+AUTO = "auto"  # of a field that is settled by what a run finds when it begins, and written out then
+
 
 class ConfigError(ValueError):
     """A configuration that no run can follow; the message names the field, its value and what is allowed."""
@@ -27,7 +29,10 @@ class Model:
     variant: str = ""  # without a checkpoint, a row of vit_jax.models.variants.VARIANTS, such as "B/16"
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
-    dtype: str = "float32"  # of the computation; parameters are always float32
+    dtype: str = (
+        "auto"  # of the computation: "float32", "bfloat16", or "auto": bfloat16 on a GPU; parameters are always float32
+    )
+    attention: str = "auto"  # what computes it: "xla", "cudnn" (bfloat16 alone), or "auto": cuDNN where a trial run agrees
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,6 +88,7 @@ class Run:
     data_dir: str = ""  # where TFDS keeps prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     device_budget_mib: int = 4096  # a split of at most this size lives on every device as uint8; a larger one is streamed
     eval_batch_size: int = 256  # rounded up to what the devices share evenly
+    remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
@@ -101,7 +107,8 @@ class Config:
 
 
 CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
+    "model.dtype": (AUTO, "float32", "bfloat16"),
+    "model.attention": (AUTO, "xla", "cudnn"),
     "data.normalization": ("google", "dataset"),
     "augment.crop": ("torchvision", "tensorflow", "none"),
     "optimizer.name": ("sgd", "adamw"),
@@ -180,6 +187,13 @@ def check(config: Config) -> None:
             "give either model.checkpoint (weights to start from; the architecture is read off them) or model.variant "
             f"(an architecture with random weights), got {config.model.checkpoint!r} and {config.model.variant!r}"
         )
+    if config.model.attention == "cudnn":
+        if config.model.dtype == "float32":
+            raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")
+        if config.model.attention_dropout:
+            raise ConfigError(
+                f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {config.model.attention_dropout}"
+            )
     if config.optimizer.warmup_steps >= config.training.steps:
         raise ConfigError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be shorter than the run, "
@@ -193,9 +207,13 @@ def check(config: Config) -> None:
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of the fields that differ and change the numbers: all but those of `run`."""
+    """Names of fields that differ and change the numbers: all but those of `run`; what is not settled differs from nothing."""
     ours, theirs = fields(a), fields(b)
-    return [name for name in ours if not name.startswith("run.") and ours[name][0] != theirs[name][0]]
+
+    def differs(ours: Any, theirs: Any) -> bool:
+        return ours != theirs and AUTO not in (ours, theirs)
+
+    return [name for name in ours if not name.startswith("run.") and differs(ours[name][0], theirs[name][0])]
 
 
 def to_json(config: Config) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from vit_jax.models.intermediates import attention_maps, features, stages
 from vit_jax.models.variants import build, shapes
+from vit_jax.models.vit import dot_product_attention
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64)
 
@@ -66,7 +67,8 @@ def test_features_are_what_the_head_sees():
     assert seen.shape == (2, 16)
     logits = seen @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, -1)
     np.testing.assert_allclose(model.apply({"params": params}, images), logits, rtol=1e-5)
-    np.testing.assert_allclose(stages(model, params, images)["pre_logits"], seen, rtol=1e-6)
+    # To show their weights, the stages take another way through attention.
+    np.testing.assert_allclose(stages(model, params, images)["pre_logits"], seen, rtol=1e-6, atol=1e-7)
 
 
 def test_gap_is_blind_to_the_order_of_patches_without_positions():
@@ -138,3 +140,60 @@ def test_dropout_lies_where_the_original_has_it():
         patch.setattr(nn.Dropout, "__call__", spy)
         model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
     assert seen == [("Encoder", 32), ("EncoderBlock", 32), ("MlpBlock", 64), ("MlpBlock", 32)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_is_the_softmax_of_products(dtype):
+    draw = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(draw.normal(size=(2, 5, 3, 8)), dtype) for _ in range(3))
+    found = dot_product_attention(query, key, value, implementation="xla", precision=jax.lax.Precision.HIGHEST)
+    assert found.dtype == dtype and found.shape == (2, 5, 3, 8)
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8))
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
+
+
+def test_dropped_attention_weights_are_linens():
+    model, params, images = make(attention_dropout=0.5)
+    asked = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    plain = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)})
+    assert np.abs(asked - plain).max() > 1e-3
+    np.testing.assert_allclose(model.apply({"params": params}, images), make()[0].apply({"params": params}, images), rtol=1e-6)
+
+
+def test_rematerialised_blocks_give_the_same_gradient_from_less_that_is_kept():
+    model, params, images = make(num_layers=4, dropout=0.1)
+    again = model.clone(remat=True)
+
+    def loss(model, params):
+        return model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})[:, 0].sum()
+
+    def kept(model) -> int:  # what the backward pass holds beside parameters
+        back = jax.eval_shape(lambda params: jax.vjp(lambda p: loss(model, p), params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(back))
+
+    ours, theirs = (jax.jit(jax.grad(lambda p, m=m: loss(m, p)))(params) for m in (model, again))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert 3 * (kept(again) - weights) < kept(model) - weights
+    assert jax.tree.structure(shapes(again, 32)) == jax.tree.structure(shapes(model, 32))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
+@pytest.mark.parametrize("variant", ["B/16", "R+Ti/16"])
+def test_the_precision_of_products_is_written_out(variant, dtype, precision):
+    model, params, images = make(variant, 32, dtype=dtype)
+    text = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower(params, images).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot" in line or "stablehlo.convolution" in line]
+    assert len(products) > 10
+    if precision == "HIGHEST":
+        assert all("[HIGHEST, HIGHEST]" in line or line.count("HIGHEST") == 2 for line in products)
+    else:
+        assert not any("HIGHEST" in line for line in products)
+
+
+def test_an_attention_that_is_not_known():
+    with pytest.raises(ValueError, match="attention must be 'xla' or 'cudnn', got 'flash'"):
+        make(attention="flash")

@@ -5,15 +5,17 @@ import os
 import shutil
 import signal
 import struct
+import time
 from urllib.error import URLError
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vit_jax
 from vit_jax.checkpoints.google import read_meta
-from vit_jax.config import ConfigError
+from vit_jax.config import ConfigError, read
 from vit_jax.training import journal, loop, saving
 from vit_jax.training.evaluate import metrics
 from vit_jax.training.guard import Guard, TrainingError
@@ -277,3 +279,45 @@ def test_dry_run(config):
     assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test pictures" in text
     assert "16 pictures of 16×16×3 in 1 slice(s) over 8 × cpu, jit over a mesh" in text
     assert "MiB a device" in text and "12 steps, about" in text
+
+
+def test_what_was_left_open_is_written_out_and_goes_on_as_it_was(config, tmp_path, monkeypatch):
+    config.training.steps, config.model.dtype = 4, "bfloat16"
+    assert config.model.attention == "auto"
+    vit_jax.train(config, tmp_path)
+    written = read(str(tmp_path / "config.json"))
+    assert (written.model.dtype, written.model.attention) == ("bfloat16", "xla")
+    assert config.model.attention == "auto"  # the caller's stays as it was
+    config.model.dtype = "auto"  # float32 on this machine, but the run is there
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "final.npz").unlink()
+    vit_jax.train(config, tmp_path)
+    assert read(str(tmp_path / "config.json")) == written
+    config.model.dtype = "float32"
+    with pytest.raises(ConfigError, match=r"these fields differ: model\.dtype"):
+        vit_jax.train(config, tmp_path)
+
+
+def test_rematerialisation_changes_no_numbers(uninterrupted, config, tmp_path):
+    config.run.remat = True
+    vit_jax.train(config, tmp_path)
+    for ours, theirs in zip(numbers(tmp_path), numbers(uninterrupted[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loop_around_nothing_is_fast(config, tmp_path, monkeypatch):
+    """A thousand steps a second at least, with every line written; processor time, for other tests run beside this one."""
+
+    def nothing(state, batch, data, *, forward, optimizer, seed, axis=None):
+        return state._replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
+
+    monkeypatch.setattr("vit_jax.training.assemble.train_step", nothing)
+    monkeypatch.setattr("vit_jax.training.devices.jax.local_devices", lambda: jax.devices()[:1])
+    times = []
+    for steps in (1000, 3000):
+        config.training.steps = config.training.eval_every = config.training.save_every = steps
+        began = time.process_time()
+        vit_jax.train(config, tmp_path / str(steps))
+        times.append(time.process_time() - began)
+    assert (times[1] - times[0]) / 2000 < 1e-3

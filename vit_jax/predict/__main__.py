@@ -137,9 +137,11 @@ def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
 
     from vit_jax.predict.classifier import Classifier
     from vit_jax.predict.pictures import PictureError
+    from vit_jax.training.process import prepare
 
     if signal.getsignal(signal.SIGINT) is _end:  # from here on there is something to tidy up
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare()
     classify = Classifier(args.checkpoint, args.batch_size)
     if args.attention:
         classify.check_attention()

@@ -20,6 +20,7 @@ from vit_jax.models.variants import patches
 from vit_jax.predict.names import class_names, is_googles
 from vit_jax.predict.pictures import PictureError, Source, read
 from vit_jax.reports.attention import rollout
+from vit_jax.training.process import compiler_options
 from vit_jax.transforms.preprocess import scale
 
 _log = logging.getLogger("vit_jax")
@@ -77,7 +78,9 @@ class Classifier:
 
             return jax.lax.map(mean_over_heads, scale(images, channels))
 
-        self._probabilities, self._attention = jax.jit(probabilities), jax.jit(attention)
+        options = compiler_options()
+        self._probabilities = jax.jit(probabilities, compiler_options=options)
+        self._attention = jax.jit(attention, compiler_options=options)
 
     def __call__(self, pictures: Any, top: int = 5) -> list[Result]:
         """For each picture, in a list also for one, the `top` classes as (name, probability), best first."""

@@ -20,6 +20,7 @@ from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, task
 from vit_jax.models.variants import build
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import devices
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.devices import Layout
 from vit_jax.training.feed import Feed
@@ -32,6 +33,7 @@ from vit_jax.transforms.preprocess import for_evaluation, for_training
 class Parts:
     """What a run is made of."""
 
+    config: Config  # with what was left open settled
     model: VisionTransformer
     params: Any  # the parameters to start from
     optimizer: optax.GradientTransformation
@@ -68,9 +70,7 @@ def _statistics(config: Config, row: Task) -> tuple[Any, Any] | None:
 
 def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTransformer, Any]:
     settings, size = config.model, config.data.image_size
-    fields: dict[str, Any] = dict(
-        dropout=settings.dropout, attention_dropout=settings.attention_dropout, dtype=jnp.dtype(settings.dtype)
-    )
+    fields: dict[str, Any] = dict(dropout=settings.dropout, attention_dropout=settings.attention_dropout)
     if settings.checkpoint:
         try:
             model, params = load(settings.checkpoint, None if own_head else num_classes, size, **fields)
@@ -131,11 +131,15 @@ def assemble(config: Config, layout: Layout, own_head: bool = False) -> Parts:
     """
     row, sources = task(config.data.task), splits(config)
     model, params = _model(config, row.num_classes, own_head)
+    tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
+    config = dataclasses.replace(config, model=devices.settle(config.model, model, tokens))
+    model = model.clone(dtype=jnp.dtype(config.model.dtype), attention=config.model.attention, remat=config.run.remat)
     statistics, size = _statistics(config, row), config.data.image_size
     optimizer = optimizers.build(config.optimizer, config.training.steps)
     rate = optimizers.schedule(config.optimizer, config.training.steps)
     forward = loss_of(model, for_training(config.augment, size, statistics), config.seed)
     return Parts(
+        config=config,
         model=model,
         params=params,
         optimizer=optimizer,

@@ -5,19 +5,22 @@ of all local devices: jit takes them as they are, and pmap takes and gives them 
 without a copy.
 """
 
+import dataclasses
 import functools
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.config import ConfigError, Run
+from vit_jax.config import AUTO, ConfigError, Model, Run
+from vit_jax.models.vit import VisionTransformer, dot_product_attention
+from vit_jax.training.process import compiler_options, has_nvidia_driver, prepare
 
 _AXIS = "batch"
 
@@ -74,27 +77,70 @@ class Layout:
         if self.pmap:
             mapped = functools.partial(step, axis=_AXIS)
             return jax.pmap(mapped, _AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0)
-        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding())
+        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=compiler_options())
 
     def evaluate(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """forward(params, batch, data) → per-example arrays, compiled; results lie in the order of the batch."""
         if self.pmap:
             mapped = jax.pmap(forward, _AXIS, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        return jax.jit(forward, out_shardings=self._sharding(_AXIS))
+        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=compiler_options())
 
     def gather(self, tree: Any) -> Any:
         """A tree on the host, as NumPy arrays that no device will write to."""
         return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
 
 
-def _has_nvidia_driver() -> bool:
-    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+def settle(settings: Model, model: VisionTransformer, tokens: int) -> Model:
+    """The configuration's section with a type and an attention for what is left open, of a model that sees `tokens` tokens.
+
+    A GPU computes in bfloat16, and its attention is cuDNN's where that gives what XLA's gives on a batch of two; where it
+    does not, that is said.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    dtype, attention = settings.dtype, settings.attention
+    if dtype == AUTO:
+        dtype = "bfloat16" if on_gpu or attention == "cudnn" else "float32"
+    if attention == AUTO:
+        attention = "xla"
+        if on_gpu and dtype == "bfloat16" and not settings.attention_dropout:
+            try:
+                _try_cudnn((2, tokens, model.num_heads, model.hidden_size // model.num_heads))
+                attention = "cudnn"
+            except Exception as error:  # whatever a missing or broken library makes JAX raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                logging.getLogger("vit_jax").warning(
+                    "attention is computed by XLA, for cuDNN's does not work here (%s)", reason
+                )
+    return dataclasses.replace(settings, dtype=dtype, attention=attention)
+
+
+def _try_cudnn(shape: tuple[int, int, int, int]) -> None:
+    """Raises where cuDNN's attention or its gradient does not run on [B, T, heads, K], or is not XLA's within bfloat16."""
+    draws = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
+
+    def both(implementation: str) -> Any:
+        attention = functools.partial(dot_product_attention, implementation=implementation, precision=jax.lax.Precision.DEFAULT)
+
+        @jax.jit
+        def run(query, key, value, gradient):
+            result, back = jax.vjp(attention, query, key, value)
+            return result, *back(gradient)
+
+        return jax.device_get(run(*draws))
+
+    for ours, theirs in zip(both("cudnn"), both("xla"), strict=True):
+        if not np.allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=0.05, atol=0.05):
+            raise ValueError("its numbers are not those of XLA")
 
 
 def start(run: Run) -> Layout:
-    """The layout that a configuration asks for; warns loudly where an NVIDIA GPU stands by and JAX runs on the CPU."""
-    if jax.default_backend() == "cpu" and _has_nvidia_driver() and os.environ.get("JAX_PLATFORMS") != "cpu":
+    """The layout that a configuration asks for, in a process made ready for it.
+
+    Warns loudly where an NVIDIA GPU stands by and JAX runs on the CPU.
+    """
+    prepare()
+    if jax.default_backend() == "cpu" and has_nvidia_driver() and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.getLogger("vit_jax").warning(
             "\n*** This machine has an NVIDIA driver, but JAX runs on the CPU and will be many times slower. ***\n"
             f'*** Mend it with:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'

@@ -37,8 +37,9 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     workdir, settings = Path(workdir), config.training
     layout = devices.start(config.run)
     layout.check(settings.batch_size, settings.accumulation)
-    saving.check(workdir, config)
-    parts = assemble(config, layout)  # before anything is written: a folder is claimed for what can run
+    # Assembled before anything is written: a folder is claimed for what can run.
+    parts = assemble(saving.check(workdir, config), layout)
+    config = parts.config
     with saving.claim(workdir, config), Guard() as guard, saving.Saver(workdir, parts.meta) as saver:
         saving.record(workdir, layout.describe())
         restored = saver.restore(parts.abstract())
@@ -115,8 +116,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     workdir, layout = Path(workdir), devices.start(config.run)
     state, parts = None, None
     if (workdir / "checkpoints").is_dir():
-        saving.check(workdir, config)
-        parts = assemble(config, layout)
+        parts = assemble(saving.check(workdir, config), layout)
         with saving.Saver(workdir, parts.meta, read_only=True) as saver:
             state = saver.restore(parts.abstract())
     if state is None and not config.model.checkpoint:

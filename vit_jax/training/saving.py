@@ -5,6 +5,7 @@ the newest state refers to a best that is not there. Every leaf carries a SHA-25
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -25,7 +26,7 @@ import numpy as np
 
 from vit_jax.checkpoints.files import whole_file
 from vit_jax.checkpoints.google import save_npz
-from vit_jax.config import Config, ConfigError, difference, from_json, to_json
+from vit_jax.config import AUTO, Config, ConfigError, difference, from_json, to_json
 from vit_jax.training.guard import TrainingError
 from vit_jax.training.state import TrainState
 
@@ -33,8 +34,11 @@ _log = logging.getLogger("vit_jax")
 _CUT_OFF = re.compile(r"\.lock|\.config\.json\.\d+\.tmp")  # what a start that was cut off at once has left
 
 
-def check(workdir: Path, config: Config) -> None:
-    """ConfigError where a folder is not this configuration's: they may differ in `run` alone, and the fields are named."""
+def check(workdir: Path, config: Config) -> Config:
+    """The configuration, with what it leaves open as the run in the folder has settled it.
+
+    ConfigError where a folder is not this configuration's: they may differ in `run` alone, and the fields are named.
+    """
     path = workdir / "config.json"
     if path.exists():
         there = from_json(path.read_text(errors="replace"), str(path))
@@ -43,8 +47,11 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another configuration; these fields differ: {', '.join(names)}. "
                 "Name another --workdir, or set the fields back"
             )
+        settled = {name: getattr(there.model, name) for name in ("dtype", "attention") if getattr(config.model, name) == AUTO}
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **settled))
     elif workdir.exists() and not (workdir.is_dir() and all(_CUT_OFF.fullmatch(p.name) for p in workdir.iterdir())):
         raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
+    return config
 
 
 @contextlib.contextmanager
@@ -80,6 +87,11 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
 
 def _digest(leaf: np.ndarray) -> str:
     return hashlib.sha256(str((leaf.dtype, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()).hexdigest()
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 class Saver:
@@ -161,7 +173,7 @@ class Saver:
         """Takes note of an evaluation of `params`; they are copied where they are the best so far."""
         if self.best is None or accuracy > self.best["accuracy"]:
             # A copy where they lie, for the next step uses up the original; it reaches the host at the next save.
-            self.best, self._best_params = {"step": step, "accuracy": accuracy}, jax.tree.map(jnp.copy, params)
+            self.best, self._best_params = {"step": step, "accuracy": accuracy}, _copy(params)
 
     def save(self, state: TrainState) -> None:
         """Begins to save a state that is on the host; returns before it is durable. best.npz is renewed where it is new."""

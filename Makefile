@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interop check clean product tools interop
+.PHONY: help demo test test-interop check benchmark benchmark-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,16 @@ check: tools  ## lint and type-check
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# PARTS=train-256,loop measures these alone; ORIGINAL=CHECKOUT of google-research/vision_transformer adds it to the peers.
+SUITE = failed=0; $(RUN) -m vit_jax.benchmark $(if $(PARTS),--only $(PARTS)) $(if $(ORIGINAL),--original $(ORIGINAL))
+PAGE = $(RUN) -m vit_jax.benchmark --page; exit $$failed
+
+benchmark: interop  ## speed and memory on this machine's CPU beside timm's, for docs/performance.md: about an hour on 2 cores
+	JAX_PLATFORMS=cpu $(SUITE) --suite cpu --output docs/benchmarks/cpu.json || failed=1; $(PAGE)
+
+benchmark-gpu: engine  ## the same on this machine's GPU, beside the peers that are installed: less than 25 minutes
+	$(SUITE) --suite gpu || failed=1; $(PAGE)
+
 clean:  ## remove .venv, caches and what a build left; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -44,6 +54,8 @@ require = @{ $(1); } | $(RUN) -c "import importlib.metadata as m, re, sys; key =
 
 product:
 	$(call require,cat requirements.txt)
+engine:  # a machine without a package index may lack what reads data: what needs it is skipped
+	$(call require,grep -E '^(jax|flax|optax|numpy)>' requirements.txt)
 tools: product
 	$(call require,$(call extra,test))
 interop: tools
@@ -55,7 +67,7 @@ RUN := .venv/bin/python
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-product: .venv/.product
+product engine: .venv/.product
 tools: .venv/.tools
 interop: .venv/.interop
 

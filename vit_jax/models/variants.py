@@ -108,6 +108,36 @@ def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> 
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_size)))
 
 
+def flops(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
+    """Floating-point operations of one picture's forward pass, a multiplication and an addition counted as two.
+
+    Matrix products and convolutions alone, which is what a matrix unit is rated by: what is done element by element (norms,
+    softmax, GELU) is left out. A training step is three times this: its backward pass computes two products for each.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
+    total, channels = 0, 3
+    if model.resnet is not None:
+        channels = model.resnet_width
+        pixels = (height // 2) * (width // 2)
+        total += pixels * 7 * 7 * 3 * channels
+        pixels //= 4  # the max-pool
+        for stage, units in enumerate(model.resnet):
+            features = model.resnet_width * 2**stage
+            for unit in range(units):
+                after = pixels // 4 if stage and not unit else pixels
+                total += pixels * channels * features + after * (9 * features**2 + 4 * features**2)
+                if channels != 4 * features or after != pixels:
+                    total += after * channels * 4 * features  # conv_proj
+                pixels, channels = after, 4 * features
+    grid, hidden = (height // model.stride) * (width // model.stride), model.hidden_size
+    total += grid * model.patch_size**2 * channels * hidden
+    tokens = grid + (model.classifier == "token")
+    block = tokens * (4 * hidden**2 + 2 * tokens * hidden + 2 * hidden * model.mlp_dim)
+    seen = model.representation_size or hidden
+    total += model.num_layers * block + hidden * model.representation_size + seen * model.num_classes
+    return 2 * total
+
+
 def _numbered(names: Any, prefix: str, first: int, where: str) -> int:
     """How many of `names` are prefix + number; they must count on from `first`."""
     if not isinstance(names, Mapping):

@@ -1,0 +1,24 @@
+"""What is computed in bfloat16 learns as what is computed in float32 does."""
+
+import numpy as np
+import pytest
+
+import vit_jax
+from vit_jax.config import read
+
+
+@pytest.mark.slow
+def test_accuracy_is_that_of_float32_within_the_noise_of_seeds(tmp_path):
+    config = read("configs/demo.py")
+    config.data.image_size = 32  # for speed
+    config.training.steps = config.training.eval_every = config.training.save_every = 30
+    config.training.batch_size = 32
+
+    def accuracy(dtype: str, seed: int) -> float:
+        config.model.dtype, config.seed = dtype, seed
+        return vit_jax.train(config, tmp_path / f"{dtype}-{seed}").metrics["test/accuracy"]
+
+    full, half = (np.array([accuracy(dtype, seed) for seed in range(5)]) for dtype in ("float32", "bfloat16"))
+    assert full.mean() > 0.6  # of ten classes: they have learned
+    assert abs(half - full).max() < 0.02
+    assert abs(half.mean() - full.mean()) < full.std(ddof=1)

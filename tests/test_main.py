@@ -167,7 +167,7 @@ def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, ca
         ("model.checkpoint=loop", "error: there is no file loop"),
         (
             "run.data_dir=~nobody-of-that-name/x",
-            "error: run.data_dir = '~nobody-of-that-name/x': cifar100 cannot be had",
+            "error: cifar100 cannot lie in ~nobody-of-that-name/x (Could not determine home",
         ),
         ("run.data_dir=/proc/self/mem", "error: cifar100 cannot be written into /proc/self/mem"),
         ("run.data_dir=loop", "error: cifar100 cannot be written into loop"),

@@ -53,7 +53,10 @@ def find(source: str | os.PathLike, complete: bool = False) -> Path:
     nothing, and for a file that cannot be had.
     """
     source = os.fspath(source)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~ of nobody
+        raise CheckpointError(f"{source} cannot be read ({error})") from None
     try:
         if path.is_file():
             return path

@@ -166,10 +166,14 @@ def task(name: str) -> Task:
 def data_root(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:
     """Returns the directory in which TFDS keeps the task's data set, by TFDS's own rules.
 
-    The first of: `data_dir`, the task's own, the environment variable TFDS_DATA_DIR, ~/tensorflow_datasets.
+    The first of: `data_dir`, the task's own, the environment variable TFDS_DATA_DIR, ~/tensorflow_datasets. DataError where
+    that is in the home of nobody.
     """
     chosen = os.fspath(data_dir) or task.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(chosen).expanduser()
+    try:
+        return pathlib.Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{task.name} cannot lie in {chosen} ({error})") from None
 
 
 def find_prepared(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path | None:

@@ -97,7 +97,7 @@ def splits(config: Config) -> tuple[Source, Source]:
     row = task(config.data.task)
     try:
         prepare(row, data_dir=config.run.data_dir)
-    except (OSError, RuntimeError) as error:  # no permission, no home for its ~
+    except OSError as error:  # no permission
         raise ConfigError(f"run.data_dir = {config.run.data_dir!r}: {row.name} cannot be had there ({error})") from None
     return (
         open_split(row, config.data.train_split or row.train_split, config.run.data_dir),

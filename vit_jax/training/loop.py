@@ -50,12 +50,14 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
             if start:
                 log.say(f"going on from step {start} of {settings.steps} in {workdir}")
             pending, began = None, time.perf_counter()
+            ended: float | None = None  # when the pending step did, where its dispatch computed it, as a CPU's does
 
-            def read(step: int, found: dict[str, jax.Array]) -> dict[str, float]:
+            def read(step: int, found: dict[str, jax.Array], ended: float | None) -> dict[str, float]:
                 nonlocal began
                 values = {f"train/{name}": float(value) for name, value in jax.device_get(found).items()}
                 guard.check(step, values)
-                seconds, began = time.perf_counter() - began, time.perf_counter()
+                ended = ended or time.perf_counter()
+                seconds, began = ended - began, ended
                 values["train/learning_rate"] = float(parts.rates[step - 1])
                 if step > start + 1:  # the first step's time is the compiler's
                     values["train/images_per_second"] = settings.batch_size / seconds
@@ -73,14 +75,15 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
 
             for step in range(start + 1, settings.steps + 1):
                 state, current = parts.step(state, next(batches), parts.train_feed.data)
+                now = time.perf_counter() if current["loss"].is_ready() else None
                 if pending is not None:
-                    log.write(step - 1, read(step - 1, pending))
-                pending, last = current, step == settings.steps
+                    log.write(step - 1, read(step - 1, pending, ended))
+                pending, ended, last = current, now, step == settings.steps
                 evaluates = last or step % settings.eval_every == 0
                 saves = last or step % settings.save_every == 0
                 if not (evaluates or saves or guard.stop):
                     continue
-                line, pending = read(step, pending), None
+                line, pending = read(step, pending, ended), None
                 if evaluates:
                     line |= evaluated()
                     saver.keep(step, line["test/accuracy"], state.params)

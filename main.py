@@ -19,7 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vit_jax import config as configuration
-from vit_jax.config import Config, ConfigError
+from vit_jax.config import Config
+from vit_jax.errors import ConfigError
 
 
 def _fields(config: Config) -> str:
@@ -108,10 +109,8 @@ def run(config: Config, values: flags.FlagValues) -> int:
     """Does what the flags ask for; returns the exit status. What users can mend ends in a sentence."""
     import jax
 
-    from vit_jax.checkpoints.google import CheckpointError
-    from vit_jax.data.tasks import DataError
+    from vit_jax.errors import CheckpointError, DataError, TrainingError
     from vit_jax.training import loop, preview
-    from vit_jax.training.guard import TrainingError
 
     flag: Any = values["config"]
     source = flag.config_filename

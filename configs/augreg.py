@@ -11,8 +11,7 @@ pictures take `--config.training.steps=500`; on 8 or more devices `--config.trai
 
 from vit_jax import Config
 from vit_jax.checkpoints.catalogue import resolve
-from vit_jax.checkpoints.google import CheckpointError
-from vit_jax.config import ConfigError
+from vit_jax.errors import CheckpointError, ConfigError
 
 
 def get_config(argument: str = "") -> Config:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax.config import Config, ConfigError, check, difference, from_json, read, to_json
+from vit_jax.config import Config, check, difference, from_json, read, to_json
+from vit_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 

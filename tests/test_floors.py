@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a file may import its own floor and those below.
 FLOORS = (
-    {"config", "models", "data"},
-    {"transforms", "peers"},
+    {"errors", "files", "config", "models"},
+    {"fetch", "cli", "transforms", "peers"},
+    {"data"},
     {"checkpoints"},
     {"training", "reports"},
     {"predict", "studies", "benchmark", "vit_jax", "main", "configs"},

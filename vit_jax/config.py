@@ -14,11 +14,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from vit_jax.errors import ConfigError
+
 AUTO = "auto"  # of a field that is settled by what a run finds when it begins, and written out then
-
-
-class ConfigError(ValueError):
-    """A configuration that no run can follow; the message names the field, its value and what is allowed."""
 
 
 @dataclasses.dataclass(slots=True)  # so that a misspelt field of a configuration file is an error

@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax.checkpoints import catalogue
 from vit_jax.checkpoints.catalogue import BUCKET, PUBLISHED, best, resolve
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, build, count
 
 # MiB and GiB as `gsutil ls -lh` gave them (vit_jax.ipynb of the original), and MiB of its README's table.

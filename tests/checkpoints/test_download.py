@@ -24,11 +24,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from vit_jax import files
 from vit_jax.checkpoints import catalogue, download
 from vit_jax.checkpoints.catalogue import PUBLISHED, Published
 from vit_jax.checkpoints.download import best, fetch, find, local
-from vit_jax.checkpoints.google import CheckpointError, read_meta, read_npz, save_npz
+from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
 from vit_jax.checkpoints.torch_models import to_huggingface, to_timm
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build, shapes
 
 NAME = "imagenet21k/Nano_8"
@@ -198,12 +200,12 @@ def test_a_file_is_fetched_once(server, content, tmp_path, caplog):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    assert download.cache_root() == tmp_path / "cache"
+    assert files.cache_root() == tmp_path / "cache"
     monkeypatch.delenv("VIT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert download.cache_root() == tmp_path / "xdg" / "vit_jax"
+    assert files.cache_root() == tmp_path / "xdg" / "vit_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert download.cache_root() == Path.home() / ".cache" / "vit_jax"
+    assert files.cache_root() == Path.home() / ".cache" / "vit_jax"
 
 
 @pytest.mark.parametrize("seed", range(3))

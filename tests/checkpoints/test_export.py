@@ -14,10 +14,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.export import save_onnx, save_stablehlo
-from vit_jax.checkpoints.google import CheckpointError, read_npz
+from vit_jax.checkpoints.google import read_npz
 from vit_jax.checkpoints.load import load
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build, shapes
 from vit_jax.transforms.geometry import resize
 from vit_jax.transforms.preprocess import for_evaluation

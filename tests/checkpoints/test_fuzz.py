@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.load import load
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build, shapes
 
 SEEDS = 20  # times the kinds of damage

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.google import CheckpointError, form, read_meta, read_npz, save_npz
+from vit_jax.checkpoints.google import form, read_meta, read_npz, save_npz
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build, shapes
 
 

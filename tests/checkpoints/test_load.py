@@ -7,8 +7,9 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.load import load, resize_positions
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, build, count, shapes
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vit_jax import peers
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.parity import compare, peer_stages, read_io
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build
 
 IMAGES = np.zeros((1, 4, 4, 3), np.float32)

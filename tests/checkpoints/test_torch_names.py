@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_jax.checkpoints import torch_files, torch_models, torch_names
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import read
 from vit_jax.checkpoints.torch_files import read_safetensors
 from vit_jax.checkpoints.torch_models import save_huggingface, save_timm, to_huggingface, to_timm
 from vit_jax.checkpoints.torch_names import from_torch
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, build, shapes
 
 TINY = dict(hidden_size=24, num_layers=2, num_heads=3, mlp_dim=40, num_classes=5)  # 24 is no width of VARIANTS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import batches
-from vit_jax.data.tasks import DataError
+from vit_jax.errors import DataError
 
 SIZES = [(10, 4), (10, 5), (7, 7), (5, 12), (1, 3), (100, 32)]  # examples, batch: dividing or not, smaller or larger
 

@@ -17,7 +17,7 @@ import pytest
 
 from vit_jax.data import prepare, tasks
 from vit_jax.data.sources import open_split
-from vit_jax.data.tasks import DataError
+from vit_jax.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[2]
 

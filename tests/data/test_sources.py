@@ -12,7 +12,8 @@ import pytest
 
 from vit_jax.data import prepare
 from vit_jax.data.sources import open_split
-from vit_jax.data.tasks import TASKS, DataError, NotPrepared, data_root, find_prepared, task
+from vit_jax.data.tasks import TASKS, NotPrepared, data_root, find_prepared, task
+from vit_jax.errors import DataError
 
 EXCERPT = TASKS["cifar100_excerpt"]
 

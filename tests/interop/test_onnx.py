@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoints.export import save_onnx
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build
 from vit_jax.transforms.geometry import resize
 from vit_jax.transforms.preprocess import for_evaluation

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.parity import compare, peer_stages
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build
 
 FIELDS = dict(hidden_size=48, num_layers=2, num_heads=4, mlp_dim=100, num_classes=5, representation_size=24)

@@ -14,12 +14,13 @@ from PIL import Image
 
 import vit_jax
 from vit_jax.checkpoints import google
-from vit_jax.checkpoints.google import CheckpointError, save_npz
+from vit_jax.checkpoints.google import save_npz
 from vit_jax.config import Augment, Config, Data, Model, Optimizer, Run, Training
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import task
+from vit_jax.errors import CheckpointError, ImageError
 from vit_jax.models.intermediates import attention_maps
-from vit_jax.predict import Classifier, PictureError, names
+from vit_jax.predict import Classifier, names
 from vit_jax.predict.classifier import _THREADS
 from vit_jax.reports.attention import rollout
 from vit_jax.training import devices
@@ -126,15 +127,15 @@ def test_pictures_of_all_sizes_compile_one_program(run, noise):
 def test_a_bad_picture_is_raised_or_told(classify, noise, tmp_path):
     pictures = [noise(), tmp_path / "none.png", noise()]
     for method in (classify, classify.probabilities, classify.attention):
-        with pytest.raises(PictureError, match=r"there is no file .*none\.png"):
+        with pytest.raises(ImageError, match=r"there is no file .*none\.png"):
             method(pictures)
-    with pytest.raises(PictureError, match=r"^pictures\[1\] has pixels of type float32"):
+    with pytest.raises(ImageError, match=r"^pictures\[1\] has pixels of type float32"):
         classify([noise(), np.zeros((2, 2, 3), np.float32)])
-    with pytest.raises(PictureError, match="a picture is a path, a PIL picture or a uint8 array, got int"):
+    with pytest.raises(ImageError, match="a picture is a path, a PIL picture or a uint8 array, got int"):
         classify([7])
     told = list(classify.stream([("a", pictures[0]), ("b", pictures[1]), ("c", pictures[2])]))
     assert [name for name, _ in told] == ["a", "b", "c"]
-    assert isinstance(told[1][1], PictureError)
+    assert isinstance(told[1][1], ImageError)
     assert [told[0][1], told[2][1]] == classify([pictures[0], pictures[2]])
 
 

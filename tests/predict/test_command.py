@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.predict import PictureError, pictures
+from vit_jax.errors import ImageError
+from vit_jax.predict import pictures
 from vit_jax.predict.__main__ import _DRAWN, main
 
 from .conftest import NAMES, save
@@ -106,7 +107,7 @@ def test_a_picture_that_goes_before_it_is_drawn(run, folder, capsys, monkeypatch
 
     def picture(source, size, name):
         if size == (_DRAWN, _DRAWN):
-            raise PictureError(f"there is no file {name}")
+            raise ImageError(f"there is no file {name}")
         return read(source, size, name)
 
     monkeypatch.setattr(pictures, "picture", picture)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.errors import ImageError
 from vit_jax.predict import pictures
-from vit_jax.predict.pictures import PictureError, fetch, picture, read, resize, within
+from vit_jax.predict.pictures import fetch, picture, read, resize, within
 from vit_jax.transforms import geometry
 
 
@@ -176,7 +177,7 @@ def full(folder):
 )
 def test_what_is_no_picture_is_named_in_a_sentence(tmp_path, make, said):
     source = make(tmp_path)
-    with pytest.raises(PictureError, match=said) as caught:
+    with pytest.raises(ImageError, match=said) as caught:
         read(source, (32, 32), str(source) if isinstance(source, type(tmp_path)) else "this")
     assert "\n" not in str(caught.value)
 
@@ -184,7 +185,7 @@ def test_what_is_no_picture_is_named_in_a_sentence(tmp_path, make, said):
 def test_the_limit_is_pillows(monkeypatch):
     for limit, passes in ((63, False), (64, True), (None, True)):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with contextlib.nullcontext() if passes else pytest.raises(PictureError, match="more than the 63 pixels"):
+        with contextlib.nullcontext() if passes else pytest.raises(ImageError, match="more than the 63 pixels"):
             read(encoded(Image.new("L", (8, 8))), (32, 32), "it")
 
 
@@ -246,7 +247,7 @@ def test_a_picture_at_an_address(server):
     ],
 )
 def test_an_address_without_a_picture(server, path, said):
-    with pytest.raises(PictureError, match=f"^{server}{said}$"):
+    with pytest.raises(ImageError, match=f"^{server}{said}$"):
         read(server + path, (32, 32), server + path)
 
 
@@ -255,31 +256,31 @@ def test_a_server_that_drips_is_not_waited_for(server, monkeypatch, path):
     """Each byte comes soon after the one before, and there is no end of them."""
     monkeypatch.setattr(pictures, "_PATIENCE", 0.5)
     begun = time.monotonic()
-    with pytest.raises(PictureError, match=f"{server}{path} did not end within"):
+    with pytest.raises(ImageError, match=f"{server}{path} did not end within"):
         fetch(server + path)
     assert time.monotonic() - begun < 5
 
 
 def test_addresses_have_bounds(server, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_BYTES", 10)
-    with pytest.raises(PictureError, match="did not end within 0 MiB and 300 seconds: download it"):
+    with pytest.raises(ImageError, match="did not end within 0 MiB and 300 seconds: download it"):
         fetch(f"{server}/red.png")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}/x.png"
-        with pytest.raises(PictureError, match=re.escape(f"{address} cannot be fetched (Connection refused)")):
+        with pytest.raises(ImageError, match=re.escape(f"{address} cannot be fetched (Connection refused)")):
             fetch(address)
-    with pytest.raises(PictureError, match="http:// cannot be fetched"):
+    with pytest.raises(ImageError, match="http:// cannot be fetched"):
         fetch("http://")
 
 
 def test_a_pipe_is_not_waited_at(tmp_path):
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(PictureError, match=r"x.png is no regular file"):
+    with pytest.raises(ImageError, match=r"x.png is no regular file"):
         read(tmp_path / "x.png", (8, 8), str(tmp_path / "x.png"))
 
 
 def test_32_bits_of_small_values_have_no_known_range(tmp_path):
     Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(PictureError, match="32 bits, whose range nothing says"):
+    with pytest.raises(ImageError, match="32 bits, whose range nothing says"):
         read(tmp_path / "x.tif", (8, 8), "x.tif")

@@ -23,11 +23,12 @@ from vit_jax.config import from_json
 from vit_jax.data import batches
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
+from vit_jax.errors import ReportError
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.reports import attention, drawings, figures
 from vit_jax.reports.__main__ import main
 from vit_jax.reports.page import write
-from vit_jax.reports.runs import Missing, ReportError, read, superclasses
+from vit_jax.reports.runs import Missing, read, superclasses
 from vit_jax.training.loop import train
 from vit_jax.training.step import AUGMENT, loss_of, stream
 from vit_jax.transforms.preprocess import for_training

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.config import Augment, ConfigError, Model, Optimizer, Run
+from vit_jax.config import Augment, Model, Optimizer, Run
+from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
 from vit_jax.training import devices
 from vit_jax.training import optimizer as optimizers

@@ -15,10 +15,11 @@ import pytest
 
 import vit_jax
 from vit_jax.checkpoints.google import read_meta
-from vit_jax.config import ConfigError, read
+from vit_jax.config import read
+from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import journal, loop, saving
 from vit_jax.training.evaluate import metrics
-from vit_jax.training.guard import Guard, TrainingError
+from vit_jax.training.guard import Guard
 from vit_jax.training.preview import preview
 from vit_jax.transforms.preprocess import for_evaluation
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoints.google import read_meta, read_npz
-from vit_jax.config import Config, ConfigError, Optimizer
+from vit_jax.config import Config, Optimizer
+from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import saving
-from vit_jax.training.guard import TrainingError
 from vit_jax.training.saving import Saver
 from vit_jax.training.state import TrainState, create
 
@@ -147,7 +147,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_saving import saved, state_at
-from vit_jax.training.guard import TrainingError
+from vit_jax.errors import TrainingError
 workdir = Path({workdir!r})
 saved(workdir, steps=(1, 2))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

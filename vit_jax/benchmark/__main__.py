@@ -13,8 +13,7 @@ from vit_jax.benchmark import page, suites
 from vit_jax.benchmark.measure import ContestantError, Skipped, say
 from vit_jax.benchmark.parts import PARTS
 from vit_jax.benchmark.processes import ROOT
-from vit_jax.config import ConfigError
-from vit_jax.data.tasks import DataError
+from vit_jax.errors import ConfigError, DataError
 
 
 def _parser() -> argparse.ArgumentParser:

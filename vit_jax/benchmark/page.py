@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from vit_jax.benchmark.memory import CARDS
-from vit_jax.checkpoints.files import whole_file
+from vit_jax.files import whole_file
 
 Row = Mapping[str, Any]
 _MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)

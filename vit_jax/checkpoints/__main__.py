@@ -1,7 +1,6 @@
 """The command line of the weights: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
 
 import argparse
-import hashlib
 import io
 import logging
 import os
@@ -16,10 +15,12 @@ import numpy as np
 from vit_jax.checkpoints import export, parity, torch_models
 from vit_jax.checkpoints.catalogue import PUBLISHED, SHORT, resolve
 from vit_jax.checkpoints.download import best, fetch, find, local
-from vit_jax.checkpoints.google import CheckpointError, check_sums, save_npz
+from vit_jax.checkpoints.google import check_sums, save_npz
 from vit_jax.checkpoints.inspection import inspect
 from vit_jax.checkpoints.load import meta_of, read
 from vit_jax.checkpoints.meta import image_size
+from vit_jax.errors import CheckpointError
+from vit_jax.files import sha256
 from vit_jax.models.intermediates import stages
 from vit_jax.models.variants import patches
 
@@ -167,8 +168,7 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
         _log.warning("nothing beside %s speaks of it: Google's scaling is assumed, class names are left out", path)
     if to in ("onnx", "stablehlo") and not model.num_classes:
         _log.warning("%s holds no head: %s gives features", path, destination)
-    with open(path, "rb") as file:
-        meta = {"source": path.name, "source_sha256": hashlib.file_digest(file, "sha256").hexdigest()} | meta
+    meta = {"source": path.name, "source_sha256": sha256(path)} | meta
     if not model.num_classes:
         meta.pop("class_names", None)
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, build
 
 BUCKET = "https://storage.googleapis.com/vit_models"

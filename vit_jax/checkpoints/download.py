@@ -7,8 +7,6 @@ checked, by a rename. Until then it grows in a hidden file beside its place, fro
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,8 +20,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vit_jax.checkpoints import catalogue
 from vit_jax.checkpoints.catalogue import BUCKET, PUBLISHED, Published, resolve
-from vit_jax.checkpoints.google import CheckpointError, check_sums, read_meta, read_shapes, save_npz
+from vit_jax.checkpoints.google import check_sums, read_meta, read_shapes, save_npz
 from vit_jax.checkpoints.torch_files import read_safetensors
+from vit_jax.errors import CheckpointError
+from vit_jax.files import cache_root, locked, sha256
 from vit_jax.models.variants import build, from_tree, patches
 
 _log = logging.getLogger("vit_jax")
@@ -36,13 +36,6 @@ _AGAIN = (408, 429, 500, 502, 503, 504)  # answers that may be another in a mome
 
 class _Refused(Exception):
     """What an address answered instead of the file."""
-
-
-def cache_root() -> Path:
-    """$VIT_JAX_CACHE, else `vit_jax` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
-    if root := os.environ.get("VIT_JAX_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax"
 
 
 def find(source: str | os.PathLike, complete: bool = False) -> Path:
@@ -211,7 +204,7 @@ def _check(path: Path, row: Published) -> None:
     """CheckpointError unless the npz is the row's: size and hash where they are known, and what the headers tell."""
     if row.size and (size := path.stat().st_size) != row.size:
         raise CheckpointError(f"{path} has {size} bytes, {row.name} has {row.size}")
-    if row.sha256 and (found := _sha256(path)) != row.sha256:
+    if row.sha256 and (found := sha256(path)) != row.sha256:
         raise CheckpointError(f"{path} has the SHA-256 {found}, {row.name} has {row.sha256}")
     _check_tree(path, read_shapes(path), row)
 
@@ -234,25 +227,8 @@ def _check_tree(path: Path, tree: dict[str, Any], row: Published, headless: bool
         raise CheckpointError(f"{path} has positions for {rows} patches, {row.name} was trained at {row.image_size} pixels")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Holds a lock between processes, which the system takes back even from one that is killed.
-
-    Its file stays: were it removed, a process that waits for it and one that comes later would lock two different files.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("waiting for another process that fetches %s", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(target: Path) -> contextlib.AbstractContextManager[None]:
+    return locked(target.with_name(f".{target.name}.lock"), f"fetches {target.name}")
 
 
 def _download(address: str, target: Path, check: Callable[[Path], None], size: int | None = None) -> Path:
@@ -399,7 +375,7 @@ def _converted(address: str, row: Published, root: Path) -> Path:
         if target.is_file():  # by the process that had the lock before
             return target
         source = _from_hub(address)
-        digest = _sha256(source)
+        digest = sha256(source)
         # The hub's client names a large file by its SHA-256 but does not look whether it has it; safetensors has no checksums.
         blob = source.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:

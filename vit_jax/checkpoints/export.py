@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.files import whole_file
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.meta import class_names, image_size, statistics
+from vit_jax.errors import CheckpointError
+from vit_jax.files import whole_file
 from vit_jax.models.variants import patches
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.transforms.preprocess import scale

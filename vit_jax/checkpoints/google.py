@@ -24,7 +24,8 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.files import whole_file
+from vit_jax.errors import CheckpointError
+from vit_jax.files import whole_file
 
 _PREFIXES = ("opt/target/", "params/img/", "params/")
 # Today's Linen counts the layers of each kind, the published names count all layers of a block.
@@ -43,10 +44,6 @@ _TAKEN = ("config", "preprocessor_config", "environment")  # names of JSON files
 _CHUNK = 2**20  # bytes read at a time
 _READERS = 4  # threads: sums of bytes and copies run beside each other
 _LARGEST_RATIO = 16  # of what a file unpacks to over its size; float32 weights stored in the best of ways stay below 3
-
-
-class CheckpointError(ValueError):
-    """A file that holds no usable weights; the message names the file, what was expected, what was found."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What a file of weights holds, told to people."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from vit_jax.checkpoints.google import form
 from vit_jax.checkpoints.load import meta_of, outline
 from vit_jax.checkpoints.meta import grid_of
 from vit_jax.checkpoints.torch_files import stored_types
+from vit_jax.files import sha256
 from vit_jax.models.variants import name_of, patches
 from vit_jax.models.vit import VisionTransformer
 
@@ -25,8 +25,7 @@ def inspect(path: Path) -> str:
     meta = meta_of(path)
     rows = patches(model, shapes)
     grid = grid_of(meta, model.stride, rows)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     types = stored_types(path) if path.suffix == ".safetensors" else sorted({str(leaf.dtype) for leaf in leaves})
     odd = _odd(path, model, meta, grid, types)
     resolution = (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.errors import CheckpointError
 
 
 def grid_of(meta: Mapping[str, Any], stride: int, patches: int) -> tuple[int, int] | None:

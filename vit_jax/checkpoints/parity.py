@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax import peers
-from vit_jax.checkpoints.google import CheckpointError, form, save_npz
+from vit_jax.checkpoints.google import form, save_npz
 from vit_jax.checkpoints.torch_models import save_huggingface, save_timm
+from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
 
 PEERS = ("timm", "huggingface", "original")

@@ -17,10 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.files import whole_folder
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.meta import statistics
 from vit_jax.checkpoints.torch_names import from_torch, quoted, tops
+from vit_jax.errors import CheckpointError
+from vit_jax.files import whole_folder
 
 _HEADER_LIMIT = 2**20  # bytes; H/14 needs a fifth of it
 _DTYPES = ("F32", "F16", "BF16")

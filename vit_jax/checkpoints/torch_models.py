@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.meta import class_names, image_size, statistics
 from vit_jax.checkpoints.torch_files import save_folder
 from vit_jax.checkpoints.torch_names import BACKBONE, HUGGINGFACE, TIMM, spelling, to_torch
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, from_tree, name_of, patches
 from vit_jax.models.vit import VisionTransformer
 

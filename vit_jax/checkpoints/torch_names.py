@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import VARIANTS, from_tree
 
 _log = logging.getLogger("vit_jax")

@@ -5,7 +5,8 @@ import sys
 
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_split
-from vit_jax.data.tasks import TASKS, DataError, find_prepared, task
+from vit_jax.data.tasks import TASKS, find_prepared, task
+from vit_jax.errors import DataError
 
 
 def main(argv: list[str] | None = None) -> int:

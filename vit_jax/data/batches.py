@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vit_jax.data.tasks import DataError
+from vit_jax.errors import DataError
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:

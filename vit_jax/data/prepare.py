@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.tasks import Archive, DataError, Excerpt, Task, data_root, find_prepared, prepare_command
+from vit_jax.data.tasks import Archive, Excerpt, Task, data_root, find_prepared, prepare_command
+from vit_jax.errors import DataError
+from vit_jax.files import sha256
 
 _log = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
                     f"{_wanted(archive)}"
                 )
     digests = {split: _digest(records) for split, records in splits.items()}
-    if digests != archive.digests and _sha256(path) != archive.sha256:
+    if digests != archive.digests and sha256(path) != archive.sha256:
         _log.warning(
             "%s is not the file at %s, nor known to hold the same pictures and labels: layout, sizes and numbers are "
             "right, so it is used, but results may not compare with others'",
@@ -251,11 +253,6 @@ def _record_bytes(archive: Archive) -> int:
 
 def _digest(records: np.ndarray) -> str:
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _select(excerpt: Excerpt, splits: Splits, names: Names, path: pathlib.Path) -> tuple[Splits, Names]:

@@ -5,7 +5,8 @@ import os
 
 import numpy as np
 
-from vit_jax.data.tasks import DataError, NotPrepared, Task, data_root, find_prepared, prepare_command
+from vit_jax.data.tasks import NotPrepared, Task, data_root, find_prepared, prepare_command
+from vit_jax.errors import DataError, reason
 
 __all__ = ["NotPrepared", "Source", "open_split"]
 
@@ -67,7 +68,7 @@ class Source:
                 raise
             except Exception as error:  # what a damaged file raises depends on where it is damaged
                 raise DataError(
-                    f"{self._where} cannot be read ({_first_line(error)}): delete the folder and prepare it again"
+                    f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
         return pictures, labels
 
@@ -95,7 +96,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # whatever a damaged description raises
-        raise DataError(f"{folder} is damaged ({_first_line(error)}): delete it and prepare it again") from error
+        raise DataError(f"{folder} is damaged ({reason(error)}): delete it and prepare it again") from error
     info = builder.info
     if info.file_format.value != "array_record":
         raise DataError(
@@ -121,7 +122,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
         # Decoded here instead: TFDS's decoder logs a complaint where OpenCV is missing, which is no concern of ours.
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
-        raise DataError(f"{folder} cannot be read ({_first_line(error)}): delete it and prepare it again") from error
+        raise DataError(f"{folder} cannot be read ({reason(error)}): delete it and prepare it again") from error
     return Source(records, f"{folder} ({split})", list(label.names or map(str, range(label.num_classes))), shape)
 
 
@@ -134,7 +135,3 @@ def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     if picture.shape != shape:
         raise ValueError(f"a picture {picture.shape}, expected {shape}")
     return picture
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -10,9 +10,7 @@ import pathlib
 import re
 import shlex
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one sentence: the file, what was expected and found, what to do."""
+from vit_jax.errors import DataError
 
 
 class NotPrepared(DataError):

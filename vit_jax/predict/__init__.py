@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 # Name → module, looked up when first used (PEP 562): the command line imports this file before it can be interrupted quietly.
-_DOORS = {"Classifier": "classifier", "PictureError": "pictures"}
+_DOORS = {"Classifier": "classifier", "ImageError": "pictures"}
 
 __all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -77,14 +77,13 @@ def _run(argv: list[str] | None) -> int:
         return 1
     from jax.errors import JaxRuntimeError
 
-    from vit_jax.checkpoints.google import CheckpointError
-    from vit_jax.predict.pictures import PictureError
+    from vit_jax.errors import CheckpointError, ImageError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of a bad picture one sentence is said
     try:
         return _predict(args, named)
-    except (CheckpointError, PictureError) as error:  # the latter of a picture that was there, and is drawn
+    except (CheckpointError, ImageError) as error:  # the latter of a picture that was there, and is drawn
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever reads the answers has seen enough
@@ -125,18 +124,19 @@ def _named(argument: str) -> list[tuple[str, Source]]:
 
 
 def _standard_input() -> bytes:
-    from vit_jax.predict.pictures import MOST_BYTES, PictureError
+    from vit_jax.errors import ImageError
+    from vit_jax.predict.pictures import MOST_BYTES
 
     if sys.stdin is None:
-        raise PictureError("standard input is closed")
+        raise ImageError("standard input is closed")
     return sys.stdin.buffer.read(MOST_BYTES)
 
 
 def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
     from tqdm import tqdm
 
+    from vit_jax.errors import ImageError
     from vit_jax.predict.classifier import Classifier
-    from vit_jax.predict.pictures import PictureError
     from vit_jax.training.process import prepare
 
     if signal.getsignal(signal.SIGINT) is _end:  # from here on there is something to tidy up
@@ -151,7 +151,7 @@ def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
     # No bar where nobody watches, nor for what is done in a moment.
     with tqdm(total=len(named), unit="picture", disable=None if len(named) > args.batch_size else True) as bar:
         for (name, source), (_, found) in zip(named, classify.stream(named, args.top), strict=True):
-            if isinstance(found, PictureError):
+            if isinstance(found, ImageError):
                 failed += 1
                 bar.write(f"error: {found}", file=sys.stderr)
             else:
@@ -179,7 +179,7 @@ def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Resul
     """Writes the pictures, each beside itself with attention rollout laid over it."""
     import numpy as np
 
-    from vit_jax.checkpoints.files import whole_file
+    from vit_jax.files import whole_file
     from vit_jax.predict import pictures
     from vit_jax.reports import figures
 

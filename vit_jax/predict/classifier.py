@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load, meta_of, outline, reading
 from vit_jax.checkpoints.meta import image_size, statistics
+from vit_jax.errors import CheckpointError, ImageError
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.models.variants import patches
 from vit_jax.predict.names import class_names, is_googles
-from vit_jax.predict.pictures import PictureError, Source, read
+from vit_jax.predict.pictures import Source, read
 from vit_jax.reports.attention import rollout
 from vit_jax.training.process import compiler_options
 from vit_jax.transforms.preprocess import scale
@@ -46,7 +46,7 @@ class Classifier:
       class_names: a name for each class; see `predict.names.class_names`.
       batch_size: the most pictures that are computed at once.
 
-    CheckpointError for weights that cannot be read or have no head; PictureError for a picture that cannot be used.
+    CheckpointError for weights that cannot be read or have no head; ImageError for a picture that cannot be used.
     """
 
     def __init__(self, source: str | os.PathLike, batch_size: int = 32):
@@ -107,7 +107,7 @@ class Classifier:
         if self.model.classifier != "token":
             raise CheckpointError("this model has no class token, whose attention is what attention rollout shows")
 
-    def stream(self, pictures: Iterable[tuple[str, Source]], top: int = 5) -> Iterator[tuple[str, Result | PictureError]]:
+    def stream(self, pictures: Iterable[tuple[str, Source]], top: int = 5) -> Iterator[tuple[str, Result | ImageError]]:
         """For pictures (what errors call it, picture), in their order, the name and the `top` classes or what is amiss.
 
         Meant for more pictures than fit in memory: a few batches of them are on their way at a time, however many there are.
@@ -120,18 +120,18 @@ class Classifier:
             return jax.lax.top_k(self._probabilities(self.params, images), min(top, self.model.num_classes))
 
         for name, found in self._stream(pictures, best):
-            if not isinstance(found, PictureError):
+            if not isinstance(found, ImageError):
                 found = [(self.class_names[at], float(value)) for value, at in zip(*found, strict=True)]
             yield name, found
 
     def _stream(self, pictures: Iterable[tuple[str, Source]], compute: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-        """(name, its part of what `compute` makes of float32 [B, height, width, 3], or PictureError) for each picture."""
+        """(name, its part of what `compute` makes of float32 [B, height, width, 3], or ImageError) for each picture."""
         pending: deque[tuple[list[tuple[str, Any]], Any]] = deque()
         batch: list[tuple[str, Any]] = []
 
         def dispatch() -> None:
-            errors = [(name, found if isinstance(found, PictureError) else None) for name, found in batch]
-            images = [found for _, found in batch if not isinstance(found, PictureError)]
+            errors = [(name, found if isinstance(found, ImageError) else None) for name, found in batch]
+            images = [found for _, found in batch if not isinstance(found, ImageError)]
             # Padded to a power of two, so that a program is compiled for few sizes.
             padding = min(self.batch_size, 1 << (len(images) - 1).bit_length()) - len(images) if images else 0
             pending.append((errors, compute(np.stack(images + padding * images[:1])) if images else None))
@@ -154,13 +154,13 @@ class Classifier:
             dispatch()
         yield from finished(keep=0)
 
-    def _read(self, pictures: Iterable[tuple[str, Source]]) -> Iterator[tuple[str, np.ndarray | PictureError]]:
+    def _read(self, pictures: Iterable[tuple[str, Source]]) -> Iterator[tuple[str, np.ndarray | ImageError]]:
         """What the model sees of each picture, in order, read ahead by threads."""
 
-        def reading(name: str, source: Source) -> np.ndarray | PictureError:
+        def reading(name: str, source: Source) -> np.ndarray | ImageError:
             try:
                 return read(source, self.image_size, name)
-            except PictureError as error:
+            except ImageError as error:
                 return error
 
         patient = True
@@ -196,10 +196,10 @@ def _each(pictures: Any) -> Iterator[Source]:
         array = np.asarray(pictures)
         yield from array if array.ndim == 4 else [array]
     else:
-        raise PictureError(f"a picture is a path, a PIL picture or a uint8 array, got {type(pictures).__name__}")
+        raise ImageError(f"a picture is a path, a PIL picture or a uint8 array, got {type(pictures).__name__}")
 
 
 def _or_raise(found: Any) -> Any:
-    if isinstance(found, PictureError):
+    if isinstance(found, ImageError):
         raise found
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax.checkpoints import meta as beside
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
-from vit_jax.checkpoints.google import CheckpointError
+from vit_jax.errors import CheckpointError
 
 _log = logging.getLogger("vit_jax")
 _FILE = Path(__file__).parents[1] / "assets" / "imagenet.tsv.xz"

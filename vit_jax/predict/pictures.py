@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vit_jax.errors import ImageError
+
 # A path or an http(s) address; a file's bytes, or what returns them; a picture; uint8 pixels.
 Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndarray
 
@@ -29,10 +31,6 @@ _PATIENCE = 300.0  # seconds for the whole of a picture
 _LARGE = 2**24  # pixels from which on pictures are decoded one at a time, so that threads do not multiply their memory
 _one_large = threading.Lock()
 _one_given = threading.Lock()  # the same picture may be given twice, and Pillow's loading is no work for two threads
-
-
-class PictureError(ValueError):
-    """A picture that cannot be used; the message is one sentence that names it."""
 
 
 def is_address(source: Any) -> bool:
@@ -52,7 +50,7 @@ def within(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def read(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
     """What a model of a size, (height, width), sees of a picture: float32 [height, width, 3] in [0, 255].
 
-    PictureError, which calls it `name`, where it cannot be read.
+    ImageError, which calls it `name`, where it cannot be read.
     """
     return resize(np.asarray(picture(source, size, name)), size)
 
@@ -82,7 +80,7 @@ def picture(source: Source, size: tuple[int, int], name: str) -> Image.Image:
     """A picture in RGB, turned as its EXIF says; sides of four times `size`, (height, width), or more come reduced.
 
     What is transparent lies on white; grey, palettes and CMYK become RGB; of 16 bits the higher 8 are taken; of an animation
-    the first picture. Colour profiles are not applied. PictureError, which calls it `name`, where it cannot be read, among
+    the first picture. Colour profiles are not applied. ImageError, which calls it `name`, where it cannot be read, among
     them files of more than PIL.Image.MAX_IMAGE_PIXELS (89 million, unless somebody sets it).
     """
     try:
@@ -94,20 +92,20 @@ def picture(source: Source, size: tuple[int, int], name: str) -> Image.Image:
         if isinstance(source, np.ndarray):
             return _upright(_of_array(source, name), size, name)
         return _of_file(source, size, name)
-    except PictureError:
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"there is no file {name}") from None
+        raise ImageError(f"there is no file {name}") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is no picture of a kind that is read here: {', '.join(_FORMATS)}") from None
+        raise ImageError(f"{name} is no picture of a kind that is read here: {', '.join(_FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
     except Exception as error:  # Pillow raises whatever its decoders stumble over
-        raise PictureError(f"{name} cannot be read ({_reason(error)})") from None
+        raise ImageError(f"{name} cannot be read ({_reason(error)})") from None
 
 
 def fetch(address: str) -> bytes:
-    """What an http(s) address answers with; PictureError where it is a page or too large, and where nothing comes."""
+    """What an http(s) address answers with; ImageError where it is a page or too large, and where nothing comes."""
     answer: Future[bytes] = Future()
 
     def receiving() -> None:
@@ -131,16 +129,16 @@ def _receive(address: str) -> bytes:
     try:
         with requests.get(address, headers={"User-Agent": "vit_jax"}, stream=True, timeout=_TIMEOUT) as answer:
             if answer.status_code != 200:
-                raise PictureError(f"{address} cannot be fetched ({answer.status_code} {answer.reason})")
+                raise ImageError(f"{address} cannot be fetched ({answer.status_code} {answer.reason})")
             kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
             if kind in ("text/html", "application/xhtml+xml"):
-                raise PictureError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
+                raise ImageError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
             for chunk in answer.iter_content(2**12):  # small, so that a thread nobody waits for any more soon ends
                 data += chunk
                 if len(data) > MOST_BYTES or time.monotonic() > end:
                     raise _without_end(address)
     except requests.RequestException as error:
-        raise PictureError(f"{address} cannot be fetched ({_reason(error)})") from None
+        raise ImageError(f"{address} cannot be fetched ({_reason(error)})") from None
     return bytes(data)
 
 
@@ -151,11 +149,11 @@ def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
         source = source()
     elif not isinstance(source, bytes) and Path(source).is_dir():
         first = next(within(source), None)
-        raise PictureError(f"{name} is a folder {f'of pictures: name them, as {first}' if first else 'without pictures'}")
+        raise ImageError(f"{name} is a folder {f'of pictures: name them, as {first}' if first else 'without pictures'}")
     elif not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
-        raise PictureError(f"{name} is no regular file")  # a pipe could be waited at for ever
+        raise ImageError(f"{name} is no regular file")  # a pipe could be waited at for ever
     if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
-        raise PictureError(f"{name} is empty")
+        raise ImageError(f"{name} is empty")
     Image.init()
     known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known) as image:
@@ -169,11 +167,11 @@ def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
 
 def _of_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8:
-        raise PictureError(f"{name} has pixels of type {array.dtype}, expected uint8, from 0 to 255")
+        raise ImageError(f"{name} has pixels of type {array.dtype}, expected uint8, from 0 to 255")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise PictureError(
+        raise ImageError(
             f"{name} has the shape {list(array.shape)}, expected [height, width], or [height, width, channels] of 1, 3 or 4"
         )
     return Image.fromarray(array)
@@ -209,18 +207,18 @@ def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
     pixels = np.asarray(image)
     # 32 bits of small values may be a picture of 8 bits or a dark one of 16.
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or (image.mode == "I" and 0 < pixels.max() < 2**8):
-        raise PictureError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
+        raise ImageError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
-def _without_end(address: str) -> PictureError:
+def _without_end(address: str) -> ImageError:
     most = f"{MOST_BYTES // 2**20} MiB and {_PATIENCE:.0f} seconds"
-    return PictureError(f"{address} did not end within {most}: download it, and name the file")
+    return ImageError(f"{address} did not end within {most}: download it, and name the file")
 
 
-def _too_large(name: str) -> PictureError:
+def _too_large(name: str) -> ImageError:
     most = f"{Image.MAX_IMAGE_PIXELS:,} pixels that are read (PIL.Image.MAX_IMAGE_PIXELS)"
-    return PictureError(f"{name} has more than the {most}: scale it down first")
+    return ImageError(f"{name} has more than the {most}: scale it down first")
 
 
 def _reason(error: BaseException) -> str:

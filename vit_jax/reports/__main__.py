@@ -47,8 +47,8 @@ def _run(argv: list[str] | None) -> int:
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported here, for it takes a second or two, and Ctrl-C is waited for.
+    from vit_jax.errors import ReportError
     from vit_jax.reports.page import write
-    from vit_jax.reports.runs import ReportError
 
     try:
         print(write(*args.runs, output=args.output, pictures=args.pictures, layers=args.layers, heads=args.heads))

@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vit_jax.data import batches
+from vit_jax.errors import ReportError
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.reports import attention, figures
-from vit_jax.reports.runs import BEFORE, Missing, ReportError, Run, superclasses
+from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
 from vit_jax.transforms.preprocess import example_keys, for_evaluation, for_training
 
 _GRID = 12  # pictures of a grid

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoints.files import whole_file
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.config import difference, fields
-from vit_jax.data.tasks import DataError
+from vit_jax.errors import CheckpointError, DataError, ReportError
+from vit_jax.files import whole_file
 from vit_jax.reports import drawings, figures
 from vit_jax.reports.drawings import Drawing, Look
-from vit_jax.reports.runs import Missing, ReportError, Run, read, repeated
+from vit_jax.reports.runs import Missing, Run, read, repeated
 
 _NONE = "–"
 _MEASURED = ("test/accuracy", "test/accuracy_top5", "test/loss")

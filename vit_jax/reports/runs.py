@@ -6,7 +6,6 @@ A run may still go on, may have been cut off anywhere, and its checkpoint or dat
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -17,20 +16,18 @@ import numpy as np
 
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
-from vit_jax.checkpoints.google import CheckpointError, read_meta
+from vit_jax.checkpoints.google import read_meta
 from vit_jax.checkpoints.load import load
-from vit_jax.config import Config, ConfigError, check, difference, from_json
+from vit_jax.config import Config, check, difference, from_json
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
+from vit_jax.errors import CheckpointError, ConfigError, ReportError
+from vit_jax.files import sha256
 from vit_jax.models.vit import VisionTransformer
 
 _WEIGHTS = ("final.npz", "best.npz")  # in the order in which they stand for a run, as checkpoints.download.find has it
 BEFORE = "before"  # what the weights that a run started from are called
 _RECORDS = 1000  # read at once
-
-
-class ReportError(ValueError):
-    """What no report can be made of; the message is one sentence."""
 
 
 class Missing(Exception):
@@ -113,10 +110,8 @@ class Run:
                 path = local(resolve(source))
         if path is None:
             raise Missing(f"What the run started from, {source}, is not on this machine: the comparison with it is left out.")
-        if wanted := self.meta.get("source_sha256"):
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                    raise Missing(f"{path} is no longer the file that the run started from: the comparison is left out.")
+        if (wanted := self.meta.get("source_sha256")) and sha256(path) != wanted:
+            raise Missing(f"{path} is no longer the file that the run started from: the comparison is left out.")
         return path
 
     @functools.cached_property

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import numpy as np
 import optax
 
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.google import CheckpointError
 from vit_jax.checkpoints.load import load
-from vit_jax.config import Config, ConfigError
+from vit_jax.config import Config
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, task
+from vit_jax.errors import CheckpointError, ConfigError
+from vit_jax.files import sha256
 from vit_jax.models.variants import build
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
@@ -118,9 +118,7 @@ def describe(config: Config, class_names: list[str]) -> dict[str, Any]:
     }
     if config.model.checkpoint:
         path: Path = find(config.model.checkpoint)
-        with open(path, "rb") as file:
-            meta["source"] = path.name
-            meta["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        meta |= {"source": path.name, "source_sha256": sha256(path)}
     return meta
 
 

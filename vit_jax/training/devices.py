@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.config import AUTO, ConfigError, Model, Run
+from vit_jax.config import AUTO, Model, Run
+from vit_jax.errors import ConfigError
 from vit_jax.models.vit import VisionTransformer, dot_product_attention
 from vit_jax.training.process import compiler_options, has_nvidia_driver, prepare
 

@@ -5,9 +5,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
+from vit_jax.errors import TrainingError
 
 
 class Guard:

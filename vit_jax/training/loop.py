@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.checkpoints.files import whole_file
-from vit_jax.config import Config, ConfigError, check
+from vit_jax.config import Config, check
+from vit_jax.errors import ConfigError
+from vit_jax.files import whole_file
 from vit_jax.training import devices, journal, saving
 from vit_jax.training.assemble import assemble
 from vit_jax.training.evaluate import metrics, predictions

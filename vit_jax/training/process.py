@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.checkpoints.download import cache_root
-from vit_jax.checkpoints.files import whole_file
+from vit_jax.files import cache_root, whole_file
 
 _log = logging.getLogger("vit_jax")
 _ENTRY = "*-cache"  # what JAX calls an entry of its cache

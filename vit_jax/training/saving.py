@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoints.files import whole_file
 from vit_jax.checkpoints.google import save_npz
-from vit_jax.config import AUTO, Config, ConfigError, difference, from_json, to_json
-from vit_jax.training.guard import TrainingError
+from vit_jax.config import AUTO, Config, difference, from_json, to_json
+from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.files import whole_file
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")

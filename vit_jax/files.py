@@ -1,0 +1,177 @@
+"""Files and folders that appear whole or not at all, locks between processes, hashes, and the cache folder."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from vit_jax.errors import UserError
+
+_log = logging.getLogger("vit_jax")
+_SCRATCH = re.compile(r"\.(.+)\.\d+(?:-[0-9a-f]{8})?\.tmp")  # ".NAME.PROCESS-RANDOM.tmp"
+
+
+def _with_name(path: Path, error: OSError) -> OSError:
+    """The error with the name of the file that was to be written instead of the name of its scratch file."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def _flock(descriptor: int) -> bool:
+    """Whether this process now holds the lock; True also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_scratch(folder: Path, name: str = "") -> None:
+    """Removes the scratch files and folders that killed processes left in `folder`; only those for `name` if it is given.
+
+    A process that still writes holds a lock on its scratch file or folder, which is then left in place.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            found = _SCRATCH.fullmatch(entry.name)
+            if not found or (name and found[1] != name):
+                continue
+            with contextlib.suppress(OSError):
+                descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    if not _flock(descriptor):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
+                finally:
+                    os.close(descriptor)
+
+
+def _make_scratch(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """The scratch place for `path` and its locked descriptor, from `make`, which creates it and opens it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_scratch(path.parent, path.name)
+    while True:
+        scratch = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        descriptor = make(scratch)
+        _flock(descriptor)
+        if scratch.exists():  # else another process removed it before it was locked
+            return scratch, descriptor
+        os.close(descriptor)
+
+
+def _make_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that replaces `path` when the block ends without an error.
+
+    What was at `path` before stays until then. Scratch files of killed processes for the same path are removed first.
+
+    Raises:
+      OSError: if the file cannot be written; it names `path`.
+    """
+    scratch = None
+    try:
+        scratch, descriptor = _make_scratch(path, _make_file)
+        with open(scratch, "wb", opener=lambda *_: descriptor) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(scratch, path)
+    except OSError as error:
+        raise _with_name(path, error) from error
+    finally:
+        if scratch:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Makes an empty folder to fill that becomes `path` when the block ends without an error.
+
+    Raises:
+      FileExistsError: if something other than an empty folder is at `path`.
+      OSError: if the folder cannot be written; it names `path`.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(17, "it exists already; name another folder or remove it", str(path))
+    scratch = descriptor = None
+    try:
+        scratch, descriptor = _make_scratch(path, _make_folder)
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise _with_name(path, error) from error
+    finally:
+        if scratch and descriptor is not None:
+            os.close(descriptor)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, purpose: str) -> Iterator[None]:
+    """Holds a lock between processes on the file `path`, which the system releases when the process ends, however it ends.
+
+    Waits for a process that holds it, and logs that with `purpose`, such as "downloads ViT-B_16.npz". The file stays:
+    were it removed, a process that waits for it and one that comes later would lock two different files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        if not _flock(file.fileno()):
+            _log.warning("waiting for another process that %s (it holds %s)", purpose, path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_user(path: str | os.PathLike, name: str) -> Path:
+    """The path with `~` and `~user` replaced by the home directory.
+
+    Raises:
+      UserError: if there is no such user; the message begins with `name`, the field or variable that holds the path.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = os.fspath(path).split("/")[0]
+        raise UserError(f"{name}={os.fspath(path)!r}: the user {user!r} does not exist; give an absolute path") from None
+
+
+def cache_root() -> Path:
+    """The cache folder: $VIT_JAX_CACHE, else `vit_jax` in $XDG_CACHE_HOME, else `~/.cache/vit_jax`.
+
+    Raises:
+      UserError: if the variable names the home of a user who does not exist.
+    """
+    if root := os.environ.get("VIT_JAX_CACHE"):
+        return expand_user(root, "VIT_JAX_CACHE")
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return expand_user(root, "XDG_CACHE_HOME") / "vit_jax"
+    return expand_user("~/.cache", "HOME") / "vit_jax"

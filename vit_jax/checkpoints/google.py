@@ -5,6 +5,7 @@ that other versions of the original and of big_vision wrote are brought to the p
 vit_jax/checkpoint.py; big_vision's models/vit.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -141,7 +143,26 @@ def form(path: str | os.PathLike) -> str:
     return _form(_members(Path(path)))
 
 
-def _values(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
+class _Handles:
+    """An open `zipfile.ZipFile` for each thread that reads: one that threads share gives wrong bytes on Python 3.12 and 3.13."""
+
+    def __init__(self, path: Path):
+        self._path, self._of_thread, self._closing = path, threading.local(), contextlib.ExitStack()
+
+    def archive(self) -> zipfile.ZipFile:
+        """The calling thread's handle."""
+        if not hasattr(self._of_thread, "archive"):
+            self._of_thread.archive = self._closing.enter_context(zipfile.ZipFile(self._path))
+        return self._of_thread.archive
+
+    def __enter__(self) -> "_Handles":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closing.close()
+
+
+def _values(path: Path, handles: _Handles, member: _Member) -> np.ndarray:
     """A member as a float32 array of finite values. Reads to the member's end, which is where its CRC is checked."""
     name = member.info.filename.removesuffix(".npy")
     if member.dtype != _BFLOAT16 and member.dtype.kind != "f":
@@ -152,11 +173,14 @@ def _values(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray
     begin = -raw.ctypes.data % 64
     raw = raw[begin : begin + size]
     try:
-        with archive.open(member.info) as file:
+        with handles.archive().open(member.info) as file:
             file.read(member.start)
             for at in range(0, size, _CHUNK):
-                part = file.read(min(_CHUNK, size - at))
-                raw[at : at + _CHUNK] = np.frombuffer(part, np.uint8)
+                wanted = min(_CHUNK, size - at)
+                part = file.read(wanted)
+                if len(part) != wanted:  # NumPy would repeat a single byte over all of the chunk
+                    raise ValueError(f"it ends after {at + len(part)} of {size} bytes")
+                raw[at : at + wanted] = np.frombuffer(part, np.uint8)
             file.read(1)
     except Exception as error:
         raise _unreadable(path, name, error) from None
@@ -169,7 +193,7 @@ def _values(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray
     return array
 
 
-def _outline(path: Path, archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
+def _outline(path: Path, handles: _Handles, member: _Member) -> np.ndarray:
     """An array of a member's shape and type without its values, and without memory for them."""
     return np.broadcast_to(np.zeros((), ml_dtypes.bfloat16 if member.dtype == _BFLOAT16 else member.dtype), member.shape)
 
@@ -194,7 +218,7 @@ def _with_class_row(positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
 
 
-def _read(path: Path, skip: tuple[str, ...], take: Callable[[Path, zipfile.ZipFile, _Member], np.ndarray]) -> dict[str, Any]:
+def _read(path: Path, skip: tuple[str, ...], take: Callable[[Path, _Handles, _Member], np.ndarray]) -> dict[str, Any]:
     """The tree of a file under the published names, of what `take` makes of each member; several are taken at a time."""
     members = _members(path)
     spelling = _form(members)
@@ -202,9 +226,9 @@ def _read(path: Path, skip: tuple[str, ...], take: Callable[[Path, zipfile.ZipFi
     wanted = {name.removeprefix(prefix): info for name, info in members.items() if name.startswith(prefix)}
     wanted = {name: info for name, info in wanted.items() if name.split("/")[0] not in skip}
     flat: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(_READERS) as pool:
-        headers = [_header(path, archive, info) for info in wanted.values()]
-        for short, whole in zip(wanted, pool.map(functools.partial(take, path, archive), headers), strict=True):
+    with _Handles(path) as handles, ThreadPoolExecutor(_READERS) as pool:
+        headers = [_header(path, handles.archive(), info) for info in wanted.values()]
+        for short, whole in zip(wanted, pool.map(functools.partial(take, path, handles), headers), strict=True):
             for name, array in _unstacked(short, whole):
                 name = name if spelling.endswith("published") else _published(name)
                 if _GROUP_NORM.search(name) and array.shape[:-1] == (1, 1, 1):

@@ -144,7 +144,7 @@ def form(path: str | os.PathLike) -> str:
 
 
 class _Handles:
-    """An open `zipfile.ZipFile` for each thread that reads: one that threads share gives wrong bytes on Python 3.12 and 3.13."""
+    """A `zipfile.ZipFile` for each thread that reads: on Python 3.12 and 3.13, one that threads share gives wrong bytes."""
 
     def __init__(self, path: Path):
         self._path, self._of_thread, self._closing = path, threading.local(), contextlib.ExitStack()

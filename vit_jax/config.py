@@ -25,6 +25,7 @@ class Model:
 
     checkpoint: str = ""  # weights to start from: a published name or a file in one of Google's npz forms; "": random weights
     variant: str = ""  # without a checkpoint, a row of vit_jax.models.variants.VARIANTS, such as "B/16"
+    keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
     dtype: str = (
@@ -106,6 +107,7 @@ class Config:
 
 CHOICES = {
     "model.dtype": (AUTO, "float32", "bfloat16"),
+    "model.keep_head": (AUTO, "true", "false"),
     "model.attention": (AUTO, "xla", "cudnn"),
     "data.normalization": ("google", "dataset"),
     "augment.crop": ("torchvision", "tensorflow", "none"),

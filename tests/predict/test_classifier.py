@@ -60,7 +60,8 @@ def compare(run, logits, tmp_path):
 def test_the_probabilities_of_an_evaluation(config, tmp_path):
     """What a run does at its end, without the training before."""
     layout = devices.start(config.run)
-    parts = assemble(config, layout, own_head=True)
+    config.model.keep_head = "true"
+    parts = assemble(config, layout)
     logits, _ = predictions(parts.predict, layout.put(parts.params), parts.test_feed, config.run.eval_batch_size)
     save_npz(tmp_path / "final.npz", parts.params, parts.meta)
     compare(tmp_path, logits, tmp_path)

@@ -1,6 +1,5 @@
 """What survives: saved states, damaged ones, full disks, working directories."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoints.google import read_meta, read_npz
-from vit_jax.config import Config, Optimizer
-from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.config import Optimizer
+from vit_jax.errors import TrainingError
 from vit_jax.training import optimizer as optimizers
-from vit_jax.training import saving
 from vit_jax.training.saving import Saver
 from vit_jax.training.state import TrainState, create
 
@@ -170,34 +168,6 @@ def test_a_disk_that_is_full_harms_nothing_that_was_saved(tmp_path):
     assert same(read_npz(tmp_path / "best.npz"), state_at(1).params)
 
 
-def test_a_folder_of_another_configuration(tmp_path):
-    first, second = Config(), Config(seed=1)
-    second.optimizer.learning_rate = 0.5
-    with saving.claim(tmp_path / "run", first):
-        pass
-    with pytest.raises(ConfigError, match="these fields differ: optimizer.learning_rate, seed. Name another --workdir"):
-        saving.check(tmp_path / "run", second)
-    first.run.parallel = "pmap"  # changes no number
-    with saving.claim(tmp_path / "run", first):
-        pass
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["parallel"] == "pmap"
-
-
-def test_a_folder_of_something_else(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="holds something else than a run"):
-        saving.check(tmp_path, Config())
-    with pytest.raises(ConfigError, match="holds something else than a run"):
-        saving.check(tmp_path / "thesis.tex", Config())
-
-
-def test_a_start_that_was_cut_off_at_once_is_in_nobodys_way(tmp_path):
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".config.json.7.tmp").touch()
-    with saving.claim(tmp_path, Config()):
-        assert (tmp_path / "config.json").exists()
-
-
 def test_what_the_machine_refuses_is_no_damage(tmp_path, monkeypatch):
     saved(tmp_path)
 
@@ -218,18 +188,3 @@ def test_a_reader_leaves_an_unfinished_save_alone(tmp_path):
     with Saver(tmp_path, {}, read_only=True) as saver:
         assert same(saver.restore(ABSTRACT), state_at(3))
     assert unfinished.exists()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="cannot be written"), saving.claim(tmp_path / "file" / "run", Config()):
-        pass
-
-
-def test_one_process_at_a_time(tmp_path):
-    with (
-        saving.claim(tmp_path, Config()),
-        pytest.raises(ConfigError, match="another process trains in"),
-        saving.claim(tmp_path, Config()),
-    ):
-        pass

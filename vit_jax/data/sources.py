@@ -19,10 +19,19 @@ class Source:
     Attributes:
       class_names: a name for each label.
       picture_shape: (height, width, 3) of every picture.
+      ranges: (file, first record, number of records) of what the split is made of.
     """
 
-    def __init__(self, records, where: str, class_names: list[str], picture_shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        records,
+        where: str,
+        class_names: list[str],
+        picture_shape: tuple[int, int, int],
+        ranges: list[tuple[str, int, int]],
+    ):
         """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; `where` is what errors call it."""
+        self.ranges = ranges
         self._records = records
         self._where = where
         self.class_names = class_names
@@ -71,6 +80,16 @@ class Source:
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
         return pictures, labels
+
+
+def shared_examples(a: Source, b: Source) -> int:
+    """How many examples two splits of the same prepared data have in common."""
+    return sum(
+        max(0, min(start + count, begin + many) - max(start, begin))
+        for file, start, count in a.ranges
+        for other, begin, many in b.ranges
+        if file == other
+    )
 
 
 def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Source:
@@ -123,7 +142,12 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
         raise DataError(f"{folder} cannot be read ({reason(error)}): delete it and prepare it again") from error
-    return Source(records, f"{folder} ({split})", list(label.names or map(str, range(label.num_classes))), shape)
+    ranges = [
+        (part.filename, part.skip, part.take if part.take >= 0 else part.examples_in_shard - part.skip)
+        for part in info.splits[split].file_instructions
+    ]
+    names = list(label.names or map(str, range(label.num_classes)))
+    return Source(records, f"{folder} ({split})", names, shape, ranges)
 
 
 def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,16 @@ def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size
         read(keep=2)
     read(keep=0)
     return np.concatenate(results), np.concatenate(labels)
+
+
+def whole(path: Path, examples: int) -> bool:
+    """Whether a file of predictions is there, undamaged, and of as many examples."""
+    try:
+        with np.load(path) as file:
+            logits, labels = file["logits"], file["labels"]
+    except Exception:  # the system, zip and NumPy each raise their own
+        return False
+    return logits.ndim == 2 and len(logits) == len(labels) == examples
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -13,10 +13,11 @@ class Guard:
 
     def __init__(self) -> None:
         self.stop = False
+        self.signal = 0  # the number of the signal that arrived
         self._before: dict[int, object] = {}
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        self.stop = True
+        self.stop, self.signal = True, number
         signal.signal(number, self._before[number])  # type: ignore[arg-type]
 
     def __enter__(self) -> "Guard":

@@ -5,8 +5,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+
+from vit_jax.files import whole_file
 
 FILE = "metrics.jsonl"
 
@@ -25,11 +28,21 @@ def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # a kill cuts the last line short
+        except (ValueError, RecursionError):  # a kill cuts the last line short
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int) and (until is None or line["step"] <= until):
             lines.append(line)
     return lines
+
+
+def gaps(workdir: Path, last: int, start: int, steps: int) -> Iterator[str]:
+    """What a start at step `start` has to say of what it finds: whether it resumes, and what is no longer there."""
+    if start:
+        yield f"going on from step {start} of {steps} in {workdir}"
+        if last < start:
+            yield f"{workdir / FILE} ends at step {last}: the lines of the steps from there to {start} are lost"
+    elif last:
+        yield f"{workdir / 'checkpoints'} holds no state, though {FILE} reaches step {last}: starting from the beginning"
 
 
 class Journal:
@@ -40,10 +53,10 @@ class Journal:
         from tensorboardX.proto.event_pb2 import SessionLog
         from tqdm import tqdm
 
-        kept, path = read(workdir, start), workdir / FILE
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(scratch, path)
+        found, path = read(workdir), workdir / FILE
+        self.last = int(found[-1]["step"]) if found else 0  # the last step that an earlier start wrote a line of
+        with whole_file(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start).encode())
         self._closing = contextlib.ExitStack()
         self._file = self._closing.enter_context(path.open("a"))
         # Not SummaryWriter: its thread dies of a full disk, and who writes then waits for ever.

@@ -1,6 +1,8 @@
 """The training loop: evaluate → save → next batch → dispatch → read the metrics of the step before."""
 
 import dataclasses
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -10,12 +12,15 @@ import jax
 import numpy as np
 
 from vit_jax.config import Config, check
-from vit_jax.errors import ConfigError
+from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.files import whole_file
 from vit_jax.training import devices, journal, saving
+from vit_jax.training import workdir as folders
 from vit_jax.training.assemble import assemble
-from vit_jax.training.evaluate import metrics, predictions
+from vit_jax.training.evaluate import metrics, predictions, whole
 from vit_jax.training.guard import Guard
+
+_log = logging.getLogger("vit_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Result:
 
     metrics: dict[str, float]  # "step", "test/loss", "test/accuracy", "test/accuracy_top5", "best/step", "best/accuracy"
     params: Any
-    finished: bool = True  # False where a signal ended the run before its last step
+    finished: bool = True  # False if a signal ended the run before its last step
+    signal: int = 0  # the number of that signal
 
 
 def train(config: Config, workdir: str | os.PathLike) -> Result:
@@ -39,17 +45,20 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     layout = devices.start(config.run)
     layout.check(settings.batch_size, settings.accumulation)
     # Assembled before anything is written: a folder is claimed for what can run.
-    parts = assemble(saving.check(workdir, config), layout)
+    parts = assemble(folders.check(workdir, config), layout, instead=workdir / "final.npz")
     config = parts.config
-    with saving.claim(workdir, config), Guard() as guard, saving.Saver(workdir, parts.meta) as saver:
-        saving.record(workdir, layout.describe())
+    _log.warning("%s", parts.describe())
+    with folders.lock_workdir(workdir, config), Guard() as guard, saving.Saver(workdir, parts.meta, config) as saver:
+        folders.record_environment(workdir, layout.describe(), parts.warnings)
         restored = saver.restore(parts.abstract())
         state = layout.put(parts.state() if restored is None else restored)
         start = step = int(jax.device_get(state.step))
         batches = parts.train_feed.train(settings.batch_size, settings.accumulation, config.seed, start)
         with journal.Journal(workdir, start, settings.steps) as log, jax.transfer_guard("disallow"):
-            if start:
-                log.say(f"going on from step {start} of {settings.steps} in {workdir}")
+            for text in journal.gaps(workdir, log.last, start, settings.steps):
+                log.say(text)
+            if start < settings.steps:
+                log.say("compiling the training step; the first step takes longer than the others")
             pending, began = None, time.perf_counter()
             ended: float | None = None  # when the pending step did, where its dispatch computed it, as a CPU's does
 
@@ -59,7 +68,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 guard.check(step, values)
                 ended = ended or time.perf_counter()
                 seconds, began = ended - began, ended
-                values["train/learning_rate"] = float(parts.rates[step - 1])
+                values["train/learning_rate"] = parts.rate(step - 1)
                 if step > start + 1:  # the first step's time is the compiler's
                     values["train/images_per_second"] = settings.batch_size / seconds
                 return values
@@ -100,14 +109,14 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
             lines = [line for line in journal.read(workdir) if "test/accuracy" in line]
             found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
             finished = step == settings.steps
-            if finished and (found.get("step") != step or not (workdir / "predictions.npz").exists()):
-                found = {"step": step, **evaluated()}  # somebody has taken away what the last start left
+            if finished and (found.get("step") != step or not whole(workdir / "predictions.npz", len(parts.sources[1]))):
+                found = {"step": step, **evaluated()}  # what the last start left is gone or damaged
         if saver.best is not None:
             found |= {f"best/{name}": value for name, value in saver.best.items()}
         state = layout.gather(state)
-        if finished and (step > start or not (workdir / "final.npz").exists()):
+        if finished:
             saver.export(state, found["test/accuracy"])
-        return Result(found, state.params, finished)
+        return Result(found, state.params, finished, guard.signal)
 
 
 def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
@@ -120,13 +129,17 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     workdir, layout = Path(workdir), devices.start(config.run)
     state, parts = None, None
     if (workdir / "checkpoints").is_dir():
-        parts = assemble(saving.check(workdir, config), layout)
-        with saving.Saver(workdir, parts.meta, read_only=True) as saver:
+        parts = assemble(folders.check(workdir, config), layout, instead=workdir / "final.npz")
+        with saving.Saver(workdir, parts.meta, parts.config, read_only=True) as saver:
             state = saver.restore(parts.abstract())
     if state is None and not config.model.checkpoint:
         raise ConfigError(f"there is nothing to evaluate: no state in {workdir}, and model.checkpoint is not set")
     if state is None or parts is None:
-        parts = assemble(config, layout, own_head=True)
+        parts = assemble(dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head="true")), layout)
     step, params = (0, parts.params) if state is None else (int(state.step), state.params)
     logits, labels = predictions(parts.predict, layout.put(params), parts.test_feed, config.run.eval_batch_size)
-    return {"step": step} | {f"test/{name}": value for name, value in metrics(logits, labels).items()}
+    found = {f"test/{name}": value for name, value in metrics(logits, labels).items()}
+    if not math.isfinite(found["test/loss"]):
+        where = config.model.checkpoint if state is None else f"the state of step {step} in {workdir}"
+        raise TrainingError(f"test/loss of {where} is {found['test/loss']}: its parameters give no finite numbers")
+    return {"step": step} | found

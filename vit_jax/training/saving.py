@@ -4,18 +4,13 @@ A saved state holds the best parameters it knows of beside its own, so the two c
 the newest state refers to a best that is not there. Every leaf carries a SHA-256, for Orbax does not notice flipped bits.
 """
 
-import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,61 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoints.google import save_npz
-from vit_jax.config import AUTO, Config, difference, from_json, to_json
-from vit_jax.errors import ConfigError, TrainingError
-from vit_jax.files import whole_file
+from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
+from vit_jax.config import Config, difference, from_json
+from vit_jax.errors import CheckpointError, ConfigError, TrainingError, reason
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
-_CUT_OFF = re.compile(r"\.lock|\.config\.json\.\d+\.tmp")  # what a start that was cut off at once has left
-
-
-def check(workdir: Path, config: Config) -> Config:
-    """The configuration, with what it leaves open as the run in the folder has settled it.
-
-    ConfigError where a folder is not this configuration's: they may differ in `run` alone, and the fields are named.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        there = from_json(path.read_text(errors="replace"), str(path))
-        if names := difference(config, there):
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration; these fields differ: {', '.join(names)}. "
-                "Name another --workdir, or set the fields back"
-            )
-        settled = {name: getattr(there.model, name) for name in ("dtype", "attention") if getattr(config.model, name) == AUTO}
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, **settled))
-    elif workdir.exists() and not (workdir.is_dir() and all(_CUT_OFF.fullmatch(p.name) for p in workdir.iterdir())):
-        raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
-    return config
-
-
-@contextlib.contextmanager
-def claim(workdir: Path, config: Config) -> Iterator[None]:
-    """Makes the folder this run's and keeps every other process out of it; raises as `check`, and where it cannot be."""
-    check(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (a lock lives as long as its file is open, whatever kills us)
-    except OSError as error:
-        raise ConfigError(f"{workdir} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
-        with whole_file(workdir / "config.json") as file:
-            file.write(to_json(config).encode())
-        yield
-
-
-def record(workdir: Path, devices: str) -> None:
-    """Writes environment.json: the versions and devices of this start of the run, for whoever reads its figures."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    text = json.dumps({"python": platform.python_version(), **versions, "devices": devices}, indent=2, ensure_ascii=False)
-    with whole_file(workdir / "environment.json") as file:
-        file.write(text.encode() + b"\n")
+# What the machine refuses for reasons that have nothing to do with a state: no damage, and no reason to use an older one.
+_NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_TRIES = 10  # of a reader whose states a training next to it replaces
+_PAUSE = 0.2  # seconds between them
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
@@ -94,61 +44,114 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
+def _digest_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _holds(path: Path, params: Any, meta: dict[str, Any]) -> bool:
+    """Whether an npz and the JSON next to it are whole and hold exactly these parameters and this description."""
+    try:
+        found, wanted = _flat(read_npz(path)), _flat(params)
+        same = found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        return same and read_meta(path) == json.loads(json.dumps(meta))
+    except (CheckpointError, OSError):
+        return False
+
+
 class Saver:
     """Keeps the two newest states of a run and the best parameters; writes best.npz and final.npz.
 
     `best` is {"step", "accuracy"} of the best evaluation so far, or None; its parameters stay in memory between saves.
-    `meta` is what the JSON beside an npz says of it.
+    `meta` is what the JSON next to an npz says of it; a restored state brings the one that its run began with. A state
+    also carries `config`, which a later start must have.
     """
 
-    def __init__(self, workdir: Path, meta: dict[str, Any], read_only: bool = False):
+    def __init__(self, workdir: Path, meta: dict[str, Any], config: Config | None = None, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         self._ocp, self._workdir, self._meta, self._read_only = ocp, workdir, meta, read_only
+        self._config = config
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
         self._best_params: Any = None
+        self._broken = False  # a save has failed, and closing Orbax's manager would wait for it
         self._manager = self._open()
 
     def _open(self) -> Any:
-        # A reader beside a running training must not clean up what that one is about to finish.
+        # A reader next to a running training must not clean up what that one is about to finish.
         options = self._ocp.CheckpointManagerOptions(
             max_to_keep=2, cleanup_tmp_directories=not self._read_only, read_only=self._read_only, create=not self._read_only
         )
-        return self._ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
+        try:
+            return self._ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
+        except OSError as error:
+            raise self._failed(error) from error
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, on the host, of the structure, shapes and types of `abstract`; None if there is none.
 
-        A damaged state is set aside for the one before it, and that is said. TrainingError where all are damaged; what the
-        machine refuses (permission, too many open files) is raised as the OSError it is.
+        A damaged state is set aside for the one before it, and that is logged. A reader (`read_only`) changes nothing, and
+        tries again if a training next to it has replaced the states meanwhile.
+
+        Raises:
+          ConfigError: if the state was trained with another configuration.
+          TrainingError: if all states are damaged.
+          OSError: what the machine refuses, such as permission or too many open files.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for number, step in enumerate(steps):
-            try:
-                state = self._read(step, abstract)
-            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
-                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                    raise
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                _log.warning("the state of step %d is damaged (%s)", step, reason[0][:200])
-                continue
-            if number and not self._read_only:
+        for attempt in range(_TRIES if self._read_only else 1):
+            if attempt:
+                time.sleep(_PAUSE)
                 self._manager.close()
-                for damaged in steps[:number]:  # out of the way, for Orbax saves no step that it already has
-                    os.replace(self._folder / str(damaged), self._folder / f"damaged-{damaged}-{time.time_ns()}")
                 self._manager = self._open()
-            return state
-        if steps:
-            raise TrainingError(
-                f"no state in {self._folder} can be read; move the working directory away to start from the beginning"
-            )
-        return None
+            steps = sorted(self._manager.all_steps(), reverse=True)
+            failures = {}
+            for step in steps:
+                try:
+                    state = self._read(step, abstract)
+                except ConfigError:
+                    raise
+                except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
+                    if getattr(error, "errno", None) in _NOT_DAMAGE:
+                        raise
+                    failures[step] = reason(error)
+                    if self._read_only and not (self._folder / str(step) / "record" / "metadata").exists():
+                        break  # replaced by newer ones
+                    continue
+                self._set_aside(failures)
+                return state
+            else:
+                if not steps:
+                    return None
+                if not self._read_only:
+                    break
+        self._report(failures)
+        if self._read_only:
+            raise TrainingError(f"no state in {self._folder} can be read: {next(iter(failures.values()))}")
+        raise TrainingError(
+            f"no state in {self._folder} can be read; move the working directory away to start from the beginning"
+        )
+
+    def _report(self, failures: dict[int, str]) -> None:
+        for step, why in failures.items():
+            _log.warning("the state of step %d is damaged (%s)", step, why)
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Reports damaged states and moves them out of the way, because Orbax saves no step that it already has."""
+        self._report(damaged)
+        if damaged and not self._read_only:
+            self._manager.close()
+            for step in damaged:
+                os.replace(self._folder / str(step), self._folder / f"damaged-{step}-{time.time_ns()}")
+            self._manager = self._open()
 
     def _read(self, step: int, abstract: TrainState) -> TrainState:
         args = self._ocp.args
         record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
+        if record.keys() != {"sha256", "best"}:  # as the first version wrote it, without a hash of its own
+            if record.pop("record_sha256", None) != _digest_of(record):
+                raise ValueError("its record is not what was saved")
+            self._compare(record["config"], step)
 
         def tree(item: str, like: Any) -> Any:
             wanted = _flat(like)
@@ -165,9 +168,21 @@ class Saver:
         state = tree("state", abstract)
         best = record["best"]
         if best is not None:
+            best = {"step": best["step"], "accuracy": float(best["accuracy"])}
             self._best_params = tree("best", abstract.params) if "best" in record["sha256"] else state.params
-        self.best = best
+        self.best, self._meta = best, record.get("meta", self._meta)
         return state
+
+    def _compare(self, saved: dict[str, Any] | None, step: int) -> None:
+        """Raises ConfigError if a state was saved under another configuration than this start's."""
+        if saved is None or self._config is None:
+            return
+        there = from_json(json.dumps(saved), f"the state of step {step} in {self._workdir}")
+        if names := difference(self._config, there):
+            raise ConfigError(
+                f"{self._workdir / 'config.json'} is not the configuration that the state of step {step} was trained with; "
+                f"these fields differ: {', '.join(names)}. Set them back, or name another --workdir"
+            )
 
     def keep(self, step: int, accuracy: float, params: Any) -> None:
         """Takes note of an evaluation of `params`; they are copied where they are the best so far."""
@@ -188,18 +203,20 @@ class Saver:
         digests = {item: {name: _digest(leaf) for name, leaf in flat.items()} for item, flat in items.items()}
         args = self._ocp.args
         saved = {item: args.PyTreeSave(flat) for item, flat in items.items()}
-        record = args.JsonSave({"sha256": digests, "best": self.best})
+        config = None if self._config is None else dataclasses.asdict(self._config)
+        record: dict[str, Any] = {"sha256": digests, "best": self.best, "config": config, "meta": self._meta}
+        record["record_sha256"] = _digest_of(record)
         try:
             self._write_best()
-            self._manager.save(step, args=args.Composite(**saved, record=record))
+            self._manager.save(step, args=args.Composite(**saved, record=args.JsonSave(record)))
         except Exception as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> TrainingError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        self._broken = True
         return TrainingError(
-            f"saving in {self._workdir} failed ({reason}). The states saved before are as they were; free some space and "
-            "give the same command again to go on from the last one"
+            f"saving in {self._workdir} failed ({reason(error, 300)}). The states saved before are as they were; free some "
+            "space and give the same command again to go on from the last one"
         )
 
     def _write_best(self) -> None:
@@ -208,11 +225,19 @@ class Saver:
             self._written = self.best["step"]
 
     def export(self, state: TrainState, accuracy: float) -> None:
-        """Writes best.npz and final.npz once every state is durable; what fails is raised as TrainingError."""
+        """Writes best.npz and final.npz, each with its JSON, where they are missing, damaged or of other weights.
+
+        Raises:
+          TrainingError: if a state or a file could not be written.
+        """
         self.wait()
+        wanted = [("final.npz", state.params, {**self._meta, "step": int(state.step), "accuracy": accuracy})]
+        if self.best is not None:
+            wanted.append(("best.npz", jax.device_get(self._best_params), {**self._meta, **self.best}))
         try:
-            self._write_best()
-            save_npz(self._workdir / "final.npz", state.params, {**self._meta, "step": int(state.step), "accuracy": accuracy})
+            for name, params, meta in wanted:
+                if not _holds(self._workdir / name, params, meta):
+                    save_npz(self._workdir / name, params, meta)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -227,6 +252,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._broken:  # its threads wait for what cannot be saved
+            return
         try:
             self._manager.close()
         except Exception as failure:

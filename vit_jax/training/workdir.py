@@ -1,0 +1,99 @@
+"""A run's folder: one process at a time, one configuration, and a record of what it ran on."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.config import AUTO, Config, difference, from_json, to_json
+from vit_jax.errors import ConfigError, reason
+from vit_jax.files import remove_scratch, whole_file
+
+_CUT_OFF = re.compile(r"\.lock|\.config\.json\..+\.tmp")  # what a start that was killed at once leaves
+_RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run resolves when it begins
+
+
+def has_progress(workdir: Path) -> bool:
+    """Whether a run in the folder has made a step; until then it has nothing to lose, and its configuration binds nothing."""
+    metrics, states = workdir / "metrics.jsonl", workdir / "checkpoints"
+    return (
+        (metrics.is_file() and metrics.stat().st_size > 0)
+        or (states.is_dir() and any(path.name.isdecimal() for path in states.iterdir()))
+        or any((workdir / name).exists() for name in ("best.npz", "final.npz"))
+    )
+
+
+def check(workdir: Path, config: Config) -> Config:
+    """The configuration, with what it leaves open ("auto") as the run in the folder has resolved it.
+
+    Raises:
+      ConfigError: if the folder holds something else than a run, or a run of a configuration that differs in other fields
+        than those of `run`; the message names them.
+    """
+    path = workdir / "config.json"
+    if path.exists() and has_progress(workdir):
+        there = from_json(path.read_text(errors="replace"), str(path))
+        if names := difference(config, there):
+            raise ConfigError(f"{workdir} holds a run of another configuration; these fields differ: {_advice(workdir, names)}")
+        resolved = {name: getattr(there.model, name) for name in _RESOLVED if getattr(config.model, name) == AUTO}
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **resolved))
+    if not path.exists() and workdir.exists() and not _is_unused(workdir):
+        raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
+    return config
+
+
+def _is_unused(folder: Path) -> bool:
+    return folder.is_dir() and all(_CUT_OFF.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def _advice(workdir: Path, names: list[str]) -> str:
+    text = ", ".join(names)
+    if "training.steps" in names and (workdir / "final.npz").exists():
+        return (
+            f"{text}. That run is finished; to train longer, start a new run from its weights with "
+            f"--config.model.checkpoint={workdir} --workdir ANOTHER"
+        )
+    return f"{text}. Name another --workdir, or set the fields back"
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
+    """Makes the folder this run's, writes config.json and keeps every other process out until the block ends.
+
+    Raises:
+      ConfigError: as `check`, if another process trains in the folder, and if the folder cannot be written.
+    """
+    check(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (a lock lives as long as its file is open, however the process ends)
+    except OSError as error:
+        raise ConfigError(f"{workdir} cannot be written: {reason(error)}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
+        check(workdir, config)  # again: another process may have trained here since
+        remove_scratch(workdir)
+        with whole_file(workdir / "config.json") as file:
+            file.write(to_json(config).encode())
+        yield
+
+
+def record_environment(workdir: Path, devices: str, warnings: Sequence[str]) -> None:
+    """Writes environment.json: versions, devices, command, time and warnings of this start of the run."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    found: dict[str, Any] = {"python": platform.python_version(), **versions, "devices": devices}
+    found |= {"command": " ".join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    found |= {"warnings": list(warnings)} if warnings else {}
+    with whole_file(workdir / "environment.json") as file:
+        file.write(json.dumps(found, indent=2).encode() + b"\n")

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interop check benchmark benchmark-gpu clean product tools interop engine
+.PHONY: help demo test test-lowest test-newest test-interop check benchmark benchmark-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,16 @@ demo: product  ## fine-tune the embedded ViT on the embedded pictures: offline, 
 
 test: tools  ## all tests
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+LOWEST := .venv-lowest/bin/python
+test-lowest: .venv-lowest/.tools  ## all tests with the lowest versions of the requirements, on Python 3.11
+	@if [ -x $(LOWEST) ]; then $(LOWEST) -m pytest -n 2 --dist loadfile; else echo "test-lowest is skipped: no Python 3.11 here"; fi
+
+NEWEST := .venv-newest/bin/python
+test-newest: .venv-newest/.tools  ## the quick tests and the demo with the newest versions, on Python 3.13 (else 3.12)
+	@if [ -x $(NEWEST) ]; then \
+		$(NEWEST) -m pytest -n 2 --dist loadfile -m "not slow" && $(NEWEST) main.py --config configs/demo.py --workdir .venv-newest/demo; \
+	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
 	$(RUN) -m pytest tests/interop
@@ -38,11 +48,30 @@ benchmark-gpu: engine  ## the same on this machine's GPU, beside the peers that 
 	$(SUITE) --suite gpu || failed=1; $(PAGE)
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call extra,NAME): prints the requirements of an extra of pyproject.toml, a line each.
-extra = $(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
+# $(call extra,NAME[,PYTHON]): prints the requirements of an extra of pyproject.toml, a line each.
+extra = $(or $(2),$(RUN)) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
+
+# Shell code that sets `found` to a Python of one of these versions, from PATH or pyenv; to nothing if there is none that starts.
+find_python = found=; for version in $(1); do for python in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
+	if [ -z "$$found" ] && "$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null; then found=$$python; fi; \
+	done; done
+# Shell code that turns the requirements `name>=X,<Y` on its input into `name==X`.
+lowest = sed -nE 's/^([A-Za-z_-]+)>=([0-9.]+).*/\1==\2/p'
+
+.venv-lowest/.tools: requirements.txt pyproject.toml
+	@rm -rf .venv-lowest; mkdir .venv-lowest; $(call find_python,3.11); if [ -n "$$found" ]; then \
+		$$found -m venv .venv-lowest && { cat requirements.txt; $(call extra,test,$(LOWEST)); } | $(lowest) \
+			| $(LOWEST) -m pip install --quiet --disable-pip-version-check -r /dev/stdin; fi
+	@touch $@
+
+.venv-newest/.tools: requirements.txt pyproject.toml
+	@rm -rf .venv-newest; mkdir .venv-newest; $(call find_python,3.13 3.12); if [ -n "$$found" ]; then \
+		$$found -m venv .venv-newest && { cat requirements.txt; $(call extra,test,$(NEWEST)); } \
+			| $(NEWEST) -m pip install --quiet --disable-pip-version-check -r /dev/stdin; fi
+	@touch $@
 
 ifeq ($(origin PYTHON), command line)
 

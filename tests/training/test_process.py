@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Compiles two programs, says what of them was found and what was compiled, and does what is asked for in between.
 SCRIPT = """
 import collections, json, os, signal, sys
+exec(os.environ.get("FIRST", ""))
 import jax
 from vit_jax.training import process
 process.prepare()
@@ -39,7 +40,7 @@ def start(cache: Path, then: str = "", **environment) -> tuple[dict, subprocess.
 
 
 def entries(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.glob("programs/*/*-cache")}
+    return {path.name: path.read_bytes() for path in cache.glob("programs/*/*-cache.*")}
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
@@ -66,6 +67,40 @@ def test_what_a_kill_cuts_short_is_never_seen(tmp_path):
     assert not left.exists() and len(entries(tmp_path)) == first["cache_misses"]
 
 
+def test_damaged_entries_are_replaced(tmp_path):
+    """Cut short, flipped, emptied, without a hash as an earlier version left them: the next start is silent and mends them."""
+    start(tmp_path)
+    paths, whole = sorted(tmp_path.glob("programs/*/*-cache.*")), entries(tmp_path)
+    for number, path in enumerate(paths):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1 << number % 8
+        path.write_bytes([data, data[: len(data) // 2], b""][number % 3])
+    (paths[0].parent / paths[0].name.rpartition(".")[0]).write_bytes(b"a part")
+    second, done = start(tmp_path)
+    assert done.stderr == "" and second["cache_misses"] == len(paths)
+    assert not list(tmp_path.glob("programs/*/*-cache"))
+    third, done = start(tmp_path)
+    assert done.stderr == "" and "cache_misses" not in third
+    found = entries(tmp_path)
+    assert {name.rpartition(".")[0] for name in found} == {name.rpartition(".")[0] for name in whole}
+    assert all(process._hash(data) == name.rpartition(".")[2] for name, data in found.items())
+
+
+def test_entries_cut_short_by_a_full_disk_are_not_shared(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"  # a write past it is cut, then fails
+    first, done = start(tmp_path, FIRST=limit)
+    assert first["cache_misses"] >= 2 and entries(tmp_path) == {}
+    assert done.stderr.count("\n") == 1 and "programs are compiled at every start because their cache cannot be" in done.stderr
+    _, done = start(tmp_path)
+    assert done.stderr == "" and len(entries(tmp_path)) == first["cache_misses"]
+
+
+def test_checking_an_entry_is_no_use_of_it(tmp_path):
+    (tmp_path / "entry").write_bytes(b"program")
+    os.utime(tmp_path / "entry", (1, 1))
+    assert process._read(tmp_path / "entry") == b"program" and (tmp_path / "entry").stat().st_atime == 1
+
+
 def test_a_living_process_keeps_its_folder(tmp_path):
     second = f"subprocess.run([sys.executable, '-c', {SCRIPT!r}, ''], check=True, stdout=subprocess.DEVNULL)"
     then = f"import subprocess; os.utime(own, (0, 0)); {second}; sys.exit(0 if os.path.isdir(own) else 3)"
@@ -74,7 +109,7 @@ def test_a_living_process_keeps_its_folder(tmp_path):
 
 def test_programs_nobody_asks_for_go(tmp_path):
     start(tmp_path)
-    old, *others = tmp_path.glob("programs/*/*-cache")
+    old, *others = tmp_path.glob("programs/*/*-cache.*")
     os.utime(old, (time.time() - 40 * 24 * 3600,) * 2)
     again, _ = start(tmp_path)
     assert again["cache_misses"] == 1 and again["cache_hits"] >= len(others) - 1
@@ -91,7 +126,7 @@ def test_without_a_place_for_it_there_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     told, done = start(tmp_path / "file")
     assert told["own"] is None and done.returncode == 0
-    assert done.stderr.startswith("programs are compiled anew at every start, for their cache cannot be written")
+    assert done.stderr.startswith("programs are compiled at every start because their cache cannot be written")
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -12,16 +13,20 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vit_jax.errors import reason
 from vit_jax.files import cache_root, whole_file
 
 _log = logging.getLogger("vit_jax")
 _ENTRY = "*-cache"  # what JAX calls an entry of its cache
-_DAYS = 30  # after which a program that nobody has asked for goes
+_SHARED = "*-cache.*"  # an entry that is shared between processes; its name ends with the hash of its bytes
+_DAYS = 30  # after which an unused program is removed
+_NO_CACHE = "programs are compiled at every start because their cache cannot be written (%s)"
 _CPU_OPTIONS: dict[str, Any] = {
     # XLA's newer matrix library is slower than its older one at a ViT's sizes: docs/performance.md has the figures.
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -38,7 +43,7 @@ def prepare() -> None:
         try:
             _cache_programs(cache_root() / "programs" / _machine())
         except (OSError, RuntimeError) as error:
-            _log.warning("programs are compiled anew at every start, for their cache cannot be written (%s)", error)
+            _log.warning(_NO_CACHE, reason(error))
 
 
 def has_nvidia_driver() -> bool:
@@ -82,47 +87,108 @@ def _machine() -> str:
 
 
 def _cache_programs(shared: Path) -> None:
-    """JAX's persistent compilation cache in `shared`, where no entry is ever seen half-written.
+    """JAX's persistent compilation cache in `shared`, where every entry is whole.
 
-    JAX writes entries in place, and neither replaces nor removes one that a kill cut short. So it is given a folder of this
-    process's own, of links to the whole entries; what it adds there becomes part of `shared` when it is whole. The folders
-    of killed processes are swept away by the next start.
+    JAX writes entries in place, and neither checks, replaces nor removes one that a kill or a full disk cut short. So JAX
+    is given a folder that only this process uses. It begins with links to the shared entries whose bytes have the hash in
+    their name; others are removed, so that they are compiled and shared again. What JAX adds is shared once it is whole. The
+    next start removes the folders of killed processes.
     """
     shared.mkdir(parents=True, exist_ok=True)
-    for entry in shared.glob(_ENTRY):
-        if time.time() - max(entry.stat().st_atime, entry.stat().st_mtime) > _DAYS * 24 * 3600:
-            entry.unlink(missing_ok=True)
-    for left in shared.glob("process-*"):
-        if time.time() - left.stat().st_mtime < 60:  # its process may be about to lock it
-            continue
-        with contextlib.suppress(OSError), open(left / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
-            shutil.rmtree(left)
+    _remove_old(shared)
     own = Path(tempfile.mkdtemp(prefix="process-", dir=shared))
     lock = open(own / "lock", "a")  # noqa: SIM115 (a lock lives as long as its file is open)
     fcntl.flock(lock, fcntl.LOCK_EX)
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     atexit.register(lock.close)
-    known = set()
-    for entry in shared.glob(_ENTRY):
-        _share(entry, own / entry.name)
-        known.add(entry.name)
+    done: dict[str, int] = {}  # the size of each entry in `own` that needs no further look
+    cut: dict[str, int] = {}  # the size of each that was not whole when it was looked at
+    for entry in shared.glob(_SHARED):
+        name, _, expected = entry.name.rpartition(".")
+        with contextlib.suppress(OSError):
+            if _hash(_read(entry)) != expected:
+                entry.unlink(missing_ok=True)
+                continue
+            _share(entry, own / name)
+            done[name] = entry.stat().st_size
 
     def publish(event: str, *_: Any, **__: Any) -> None:
         if event != "/jax/core/compile/backend_compile_duration":  # ends when the entry is written
             return
-        with contextlib.suppress(OSError):  # the cache is a convenience
-            for entry in own.glob(_ENTRY):
-                if entry.name not in known:
-                    known.add(entry.name)
-                    with open(entry, "rb") as file:
-                        os.fsync(file.fileno())
-                    _share(entry, shared / entry.name)
+        for entry in own.glob(_ENTRY):
+            try:
+                size = entry.stat().st_size
+                if done.get(entry.name) == size:
+                    continue
+                if _publish(entry, shared):
+                    done[entry.name] = size
+                elif cut.get(entry.name) != size:
+                    cut[entry.name] = size  # another thread may still be writing it: looked at again after the next program
+                else:
+                    done[entry.name] = size
+                    _warn_once("an entry was cut short")
+            except OSError as error:  # the cache is a convenience
+                _warn_once(reason(error))
 
     jax.monitoring.register_event_duration_secs_listener(publish)
+    # JAX warns of every program that it cannot write; `_warn_once` says it once.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all of a start's small programs take seconds
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their folder's name would be part of every key
+
+
+def _remove_old(shared: Path) -> None:
+    """Removes entries that are unused for long or that have no hash, and the folders of killed processes."""
+    for entry in [*shared.glob(_ENTRY), *shared.glob(_SHARED)]:
+        with contextlib.suppress(OSError):
+            used = max(entry.stat().st_atime, entry.stat().st_mtime)
+            if entry.match(_ENTRY) or time.time() - used > _DAYS * 24 * 3600:
+                entry.unlink()
+    for left in shared.glob("process-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < 60:  # its process may be about to lock it
+                continue
+            with open(left / "lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as its process lives
+                shutil.rmtree(left)
+
+
+def _publish(entry: Path, shared: Path) -> bool:
+    """Shares an entry that JAX has written if it is whole; returns whether it is."""
+    data = _read(entry)
+    try:
+        from jax._src.compilation_cache import decompress_executable  # JAX chooses among zlib and two modules for zstd
+
+        decompress_executable(data)
+    except Exception:  # each of them has its own
+        return False
+    with open(entry, "rb") as file:
+        os.fsync(file.fileno())
+    _share(entry, shared / f"{entry.name}.{_hash(data)}")
+    return True
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes, read without renewing its time of access, by which unused entries are known."""
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | getattr(os, "O_NOATIME", 0))
+        except PermissionError:  # it is another user's
+            return os.open(name, flags)
+
+    with open(path, "rb", opener=opener) as file:
+        return file.read()
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    _log.warning(_NO_CACHE, why)
 
 
 def _share(entry: Path, place: Path) -> None:
@@ -131,6 +197,8 @@ def _share(entry: Path, place: Path) -> None:
         os.link(entry, place)
     except FileExistsError:
         pass
-    except OSError:  # a file system without links
-        with open(entry, "rb") as source, whole_file(place) as target:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        with open(entry, "rb") as source, whole_file(place) as target:  # a file system without links
             shutil.copyfileobj(source, target)

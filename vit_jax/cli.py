@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -29,9 +30,14 @@ def run(main: Callable[[], int]) -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         status = main()
-    except SystemExit as error:  # of argparse
-        status = error.code if isinstance(error.code, int) else 1
-    leave(status)
+    except SystemExit as error:  # of argparse, or of sys.exit with a message
+        if not isinstance(error.code, int | None):
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # a bug; the process still leaves without waiting for threads
+        traceback.print_exc()
+        status = 1
+    leave(call(_flush_stdout) or status)
 
 
 def call(function: Callable[[], int], advice: str = "") -> int:
@@ -49,10 +55,11 @@ def call(function: Callable[[], int], advice: str = "") -> int:
     except UserError as error:
         return fail(error)
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the machine's: no permission, a full disk
-        return fail(f"{error.filename or 'standard output'}: {reason(error)}")
+        return fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
     except MemoryError:
         return fail(f"the machine has too little memory{advice and ': '}{advice}")
     except KeyboardInterrupt:
@@ -82,23 +89,64 @@ def leave(status: int) -> NoReturn:
 
 def prepare_streams() -> None:
     """Makes standard output and error take any text, and standard error take it also when it is closed or full."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
-    if sys.stderr is None:
-        sys.stderr = io.StringIO()
-    elif isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = _Tolerant(sys.stderr.detach(), errors="backslashreplace", line_buffering=True)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: else the next file that is opened would receive what libraries write to the descriptor
+            os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY)
+    sys.stdout = sys.__stdout__ = _rewrap(sys.stdout, _Output, 1)
+    sys.stderr = sys.__stderr__ = _rewrap(sys.stderr, _Errors, 2)
 
 
-class _Tolerant(io.TextIOWrapper):
+def _rewrap(stream: Any, kind: type[io.TextIOWrapper], descriptor: int) -> Any:
+    if stream is None:
+        stream = kind(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+    elif type(stream) is io.TextIOWrapper:  # not what a test puts in its place
+        encoding, by_line, at_once = stream.encoding, stream.line_buffering or descriptor == 2, stream.write_through
+        # A terminal may know only ASCII.
+        stream = kind(stream.detach(), encoding, "backslashreplace", line_buffering=by_line, write_through=at_once)
+    return stream
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose errors name it."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+class _Errors(io.TextIOWrapper):
     """Standard error that goes to the null device once it cannot be written: answers matter more than what is said of them."""
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            self._give_up()
             return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def _flush_stdout() -> int:
+    sys.stdout.flush()
+    return 0
 
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:

@@ -7,14 +7,13 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 
 import dataclasses
 import json
-import math
 import runpy
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import ConfigError
+from vit_jax.errors import ConfigError, printable, reason
 
 AUTO = "auto"  # of a field that is settled by what a run finds when it begins, and written out then
 
@@ -28,10 +27,8 @@ class Model:
     keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
-    dtype: str = (
-        "auto"  # of the computation: "float32", "bfloat16", or "auto": bfloat16 on a GPU; parameters are always float32
-    )
-    attention: str = "auto"  # what computes it: "xla", "cudnn" (bfloat16 alone), or "auto": cuDNN where a trial run agrees
+    dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
+    attention: str = "auto"  # what computes it; "cudnn" needs bfloat16; "auto": cuDNN if a trial run agrees with XLA
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,19 +36,19 @@ class Data:
     """What it is trained and tested on."""
 
     task: str = "cifar100"  # a row of vit_jax.data.tasks.TASKS
-    train_split: str = ""  # in TFDS's language, such as "train[:98%]"; "": the task's own
-    test_split: str = ""
-    image_size: int = 224  # pixels, height and width of what the model sees
+    train_split: str = ""  # in TFDS's language, such as "train[:98%]"; "": the task's training split
+    test_split: str = ""  # the split that is evaluated, in TFDS's language; "": the task's test split
+    image_size: int = 224  # pixels, height and width of the model's input
     normalization: str = "google"  # "google": to [-1, 1]; "dataset": by the task's channel means and deviations
 
 
 @dataclasses.dataclass(slots=True)
 class Augment:
-    """What happens to a training picture before it is resized to the model's size."""
+    """What happens to a training image before it is resized to the model's size."""
 
-    crop: str = "torchvision"  # the distribution of crop boxes: "torchvision", "tensorflow" or "none"
-    crop_area: tuple[float, float] = (0.05, 1.0)  # fractions of the picture's area, least and largest
-    flip: bool = True  # left-right, half of the pictures
+    crop: str = "torchvision"  # whose distribution of crop boxes is drawn from
+    crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest fraction of the image's area
+    flip: bool = True  # mirror half of the images left to right
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,33 +57,33 @@ class Optimizer:
 
     name: str = "sgd"  # "sgd" with momentum, or "adamw"
     learning_rate: float = 0.03  # the highest of the schedule
-    warmup_steps: int = 0  # linear from 0; shorter than the run
-    decay: str = "cosine"  # after the warm-up, to 0 at the last step: "cosine" or "linear"
-    momentum: float = 0.9  # of SGD, and AdamW's b1
+    warmup_steps: int = 0  # the rate rises linearly from 0 for this many updates; fewer than training.steps
+    decay: str = "cosine"  # after the warm-up: "cosine" to 0 or "linear" to 1e-5; the last update is one step before that end
+    momentum: float = 0.9  # of SGD; b1 of AdamW
     b2: float = 0.999  # of AdamW
-    weight_decay: float = 0.0  # on kernels alone; SGD adds it to the gradient, AdamW to the update
+    weight_decay: float = 0.0  # on kernels only; SGD adds it to the gradient, AdamW to the update
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: not clipped
     accumulator_dtype: str = "bfloat16"  # of the momentum between steps
 
 
 @dataclasses.dataclass(slots=True)
 class Training:
-    """How long, how much at a time, and when to look."""
+    """How many steps, how large, and how often to evaluate and save."""
 
-    steps: int = 1000
-    batch_size: int = 64  # pictures an update, over all devices
-    accumulation: int = 1  # slices a batch is computed in, one after the other
+    steps: int = 1000  # updates of the parameters
+    batch_size: int = 64  # images per update, over all devices
+    accumulation: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
     save_every: int = 100  # steps between saved states; the last step is always saved
 
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """What does not change the numbers; a run may go on under another."""
+    """What does not change the numbers; a run may continue with other values."""
 
     data_dir: str = ""  # where TFDS keeps prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    device_budget_mib: int = 4096  # a split of at most this size lives on every device as uint8; a larger one is streamed
-    eval_batch_size: int = 256  # rounded up to what the devices share evenly
+    device_budget_mib: int = 4096  # a split of at most this size is kept on every device as uint8; a larger one is streamed
+    eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
@@ -102,7 +99,7 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     training: Training = dataclasses.field(default_factory=Training)
     run: Run = dataclasses.field(default_factory=Run)
-    seed: int = 0
+    seed: int = 0  # of every random draw of the run; below 2**32
 
 
 CHOICES = {
@@ -116,17 +113,22 @@ CHOICES = {
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
     "run.parallel": ("mesh", "pmap"),
 }
-_POSITIVE = (
-    "data.image_size",
-    "optimizer.learning_rate",
-    "training.steps",
-    "training.batch_size",
-    "training.accumulation",
-    "training.eval_every",
-    "run.eval_batch_size",
-    "training.save_every",
-)
-_NOT_NEGATIVE = ("run.device_budget_mib", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "seed")
+_INT32 = 2**31 - 1  # a larger number overflows on a device
+_LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
+    "data.image_size": (1, 4096),
+    "training.steps": (1, 10**8),
+    "training.batch_size": (1, 2**17),
+    "training.accumulation": (1, 2**17),
+    "training.eval_every": (1, _INT32),
+    "training.save_every": (1, _INT32),
+    "run.eval_batch_size": (1, 2**17),
+    "run.device_budget_mib": (0, _INT32),
+    "optimizer.warmup_steps": (0, _INT32),
+    "optimizer.learning_rate": (1e-30, 1e6),
+    "optimizer.weight_decay": (0, 1e6),
+    "optimizer.clip_norm": (0, 1e30),
+    "seed": (0, 2**32 - 1),  # what a JAX key is made from
+}
 _FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
 
 
@@ -149,35 +151,44 @@ def _is_a(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is dict:
         return isinstance(value, dict) and all(isinstance(k, str) and _is_a(v, float) for k, v in value.items())
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e38  # also false for NaN
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
+def _shown(value: Any) -> str:
+    """A value as an error message quotes it, whatever its size."""
+    try:
+        return printable(repr(value), 80)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of more than 4,300 digits"
+
+
 def check(config: Config) -> None:
-    """Raises ConfigError for a value of the wrong type or out of range, and for fields that contradict each other.
+    """Raises ConfigError if a value has the wrong type or is out of range, and if fields contradict each other.
 
     What needs the data set, the checkpoint or the devices to be seen is checked where those are opened.
     """
+    for section in dataclasses.fields(config):
+        value, kind = getattr(config, section.name), section.type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and type(value) is not kind:
+            raise ConfigError(f"{section.name} must be a vit_jax.config.{kind.__name__}, got {_shown(value)}")
     values = {}
     for name, (value, kind) in fields(config).items():
         if not _is_a(value, kind):
             shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
-            raise ConfigError(f"{name} must be of type {shown}, got {value!r}")
+            raise ConfigError(f"{name} must be of type {shown}, got {_shown(value)}")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{name} must not contain a NUL character, got {_shown(value)}")
         values[name] = value
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {values[name]!r}")
-    for name in _POSITIVE:
-        if not values[name] > 0:
-            raise ConfigError(f"{name} must be above 0, got {values[name]!r}")
-    for name in _NOT_NEGATIVE:
-        if not values[name] >= 0:
-            raise ConfigError(f"{name} must not be negative, got {values[name]!r}")
-    if config.seed >= 2**32:
-        raise ConfigError(f"seed must be below 2**32, which is what a key is made from, got {config.seed}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {_shown(values[name])}")
+    for name, (least, most) in _LIMITS.items():
+        if not least <= values[name] <= most:
+            raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {_shown(values[name])}")
     for name in _FRACTIONS:
         if not 0 <= values[name] < 1:
-            raise ConfigError(f"{name} must be in [0, 1), got {values[name]!r}")
+            raise ConfigError(f"{name} must be in [0, 1), got {_shown(values[name])}")
 
     smallest, largest = config.augment.crop_area
     if not 0 < smallest <= largest <= 1:
@@ -185,7 +196,7 @@ def check(config: Config) -> None:
     if bool(config.model.checkpoint) == bool(config.model.variant):
         raise ConfigError(
             "give either model.checkpoint (weights to start from; the architecture is read off them) or model.variant "
-            f"(an architecture with random weights), got {config.model.checkpoint!r} and {config.model.variant!r}"
+            f"(an architecture with random weights), got {_shown(config.model.checkpoint)} and {_shown(config.model.variant)}"
         )
     if config.model.attention == "cudnn":
         if config.model.dtype == "float32":
@@ -222,11 +233,11 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, source: str) -> Config:
-    """The configuration that `to_json` wrote; `source` is named in the ConfigError that anything else ends in."""
+    """The configuration that `to_json` wrote; the ConfigError for any other text names `source`."""
 
     def build(kind: Any, values: Any, prefix: str) -> Any:
         if not isinstance(values, dict):
-            raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the whole'} should be an object, is {values!r}")
+            raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the whole file'} must be an object, got {_shown(values)}")
         known = {field.name: field for field in dataclasses.fields(kind)}
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"{source}: there is no field {prefix}{unknown[0]}; there are {', '.join(known)}")
@@ -242,8 +253,8 @@ def from_json(text: str, source: str) -> Config:
 
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of 4,300 digits and 100,000 brackets are JSON too
+        raise ConfigError(f"{source} is not JSON that can be read: {reason(error)}") from None
     return build(Config, values, "")
 
 
@@ -272,7 +283,7 @@ def read(source: str) -> Config:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{path} gives no configuration: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} gives no configuration: {type(error).__name__}: {reason(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a vit_jax.Config")
     return config

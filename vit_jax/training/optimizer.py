@@ -8,17 +8,25 @@ import optax
 
 from vit_jax.config import Optimizer
 
+_LINEAR_END = 1e-5  # where the original's linear decay ends (`linear_end`)
+
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate of the update after `count` updates, count from 0: linear warm-up from 0, then decay to 0 at `steps`.
+    """The learning rate as a function of the number of updates made before: of 0 for the first, of steps - 1 for the last.
 
-    The first update of a warm-up has rate 0, as in the original (its vit_jax/utils.py, create_learning_rate_schedule).
+    It rises linearly from 0 during the warm-up, so with a warm-up the first update has rate 0. Then it falls, and would
+    reach its end at the count `steps`, to which no update belongs: with T updates of which w are warm-up, the last update has
+    the rate learning_rate · (1 + cos(π (T - w - 1) / (T - w))) / 2 by "cosine", which ends at 0, and
+    1e-5 + (learning_rate - 1e-5) / (T - w) by "linear", which ends at 1e-5, or at learning_rate if that is smaller.
+
+    Both are the original's (google-research/vision_transformer, vit_jax/utils.py, create_learning_rate_schedule); only a
+    learning_rate below 1e-5 would rise there.
     """
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.decay == "cosine":
         decay = optax.cosine_decay_schedule(rate, steps - warmup)
     else:
-        decay = optax.linear_schedule(rate, 0.0, steps - warmup)
+        decay = optax.linear_schedule(rate, min(rate, _LINEAR_END), steps - warmup)
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup]) if warmup else decay
 
 

@@ -1,0 +1,180 @@
+"""The command line of training: from arguments to a configuration, the help of its fields, and the words of a result."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import io
+import re
+import textwrap
+import tokenize
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from vit_jax import config as configuration
+from vit_jax.config import Config
+from vit_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from absl import flags
+
+_NOT_OVERRIDABLE = "run.expected"
+# What may differ from the file of a configuration without a change of its final numbers, `run` aside.
+_HARMLESS = {"training.eval_every", "training.save_every"}
+
+
+def _comments() -> dict[str, dict[str, str]]:
+    """Section's class → field → the comment behind its definition in vit_jax/config.py."""
+    source = inspect.getsource(configuration)
+    lines = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        node.name: {
+            field.target.id: " ".join(lines[n] for n in range(field.lineno, field.end_lineno + 1) if n in lines)
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno
+        }
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--config.{name}={value if value != '' else repr('')}"
+
+
+def describe_fields(config: Config) -> str:
+    """Every field that a command line can set: its value in `config`, what it means, and what is allowed."""
+    comments, lines = _comments(), ["Fields of a configuration, with their values:"]
+    section: Any = None
+    for name, (value, kind) in configuration.fields(config).items():
+        if name == _NOT_OVERRIDABLE:
+            continue
+        *prefix, field = name.split(".")
+        if prefix != section:
+            section, node = prefix, getattr(config, prefix[0]) if prefix else config
+            lines.append(f"\n{prefix[0]}: {node.__doc__}" if prefix else "")
+        kind_name = kind.__name__ if kind in (str, int, float, bool) else str(kind)
+        allowed = " | ".join(configuration.CHOICES.get(name, ())) or kind_name
+        text = f"{comments[type(node).__name__].get(field, '')} ({allowed})".strip()
+        lines.append(f"  {_option(name, value)}")
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _file_values(argv: list[str]) -> Config:
+    """The configuration of the file that a command line names, without its overrides; the defaults if it names none."""
+    for place, argument in enumerate(argv[1:], 1):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            source = found[1] if found[1] is not None else next(iter(argv[place + 1 :]), "")
+            return configuration.read(source)
+    return Config()
+
+
+def _check_names(argv: list[str]) -> None:
+    """Raises ConfigError for an override of a field that does not exist or cannot be overridden."""
+    known = configuration.fields(Config())
+    for override in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv[1:])):
+        name = override[1]
+        if name == _NOT_OVERRIDABLE:
+            raise ConfigError(f"config.{name} cannot be set on the command line; it is set in a configuration file")
+        if name not in known:
+            values = {name: value for name, (value, _) in configuration.fields(_file_values(argv)).items() if name in known}
+            near = difflib.get_close_matches(name, values, n=3, cutoff=0.75) or [
+                match for match in values if match.rpartition(".")[2] == name.rpartition(".")[2]
+            ]
+            hint = f"the nearest: {', '.join(_option(name, values[name]) for name in near)}" if near else "--help lists all"
+            raise ConfigError(f"there is no field config.{name}; {hint}")
+
+
+def _same_weights(a: str, b: str) -> bool:
+    """Whether two values of model.checkpoint name the same weights, as "ViT-B_16" and "/data/ViT-B_16.npz" do."""
+
+    def name(value: str) -> str:
+        return PurePath(value).stem if value.endswith(".npz") else value
+
+    return name(a) == name(b)
+
+
+def _keeps_expected(config: Config, file: Config) -> bool:
+    """Whether what the file expects still holds after the overrides."""
+    changed = set(configuration.difference(config, file)) - _HARMLESS
+    return not changed or (changed == {"model.checkpoint"} and _same_weights(config.model.checkpoint, file.model.checkpoint))
+
+
+def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
+    """The configuration and the flags of a command line.
+
+    Raises:
+      ConfigError: for anything that is wrong with the command line, the file or the values.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    for name in ("eval_only", "dry_run", "help"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
+    _check_names(argv)
+    # The flag's own parser reads the file; ml_collections adds the typed overrides.
+    config_flags.DEFINE_config_dataclass("config", Config(), "", flag_values=values, sys_argv=argv, parse_fn=configuration.read)
+    try:
+        rest = values(argv)
+    except Exception as error:  # absl's and ml_collections' errors share no base; all are about the command line
+        cause = error.__context__ if isinstance(error.__context__, ConfigError) else error
+        raise ConfigError(" ".join(str(cause).split())) from None
+    if len(rest) > 1:
+        raise ConfigError(f"stray argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
+    if not (values["config"].present or values.help):
+        raise ConfigError("name a configuration, as in python main.py --config configs/demo.py")
+    if values.dry_run and values.eval_only:
+        raise ConfigError("--dry_run and --eval_only exclude each other")
+    if "\0" in (values.workdir or ""):
+        raise ConfigError("--workdir must not contain a NUL character")
+    config = values.config
+    if values["config"].present:
+        configuration.check(config)
+        flag: Any = values["config"]
+        if not _keeps_expected(config, configuration.read(flag.config_filename)):
+            config.run.expected = {}
+    return config, values
+
+
+def workdir_of(source: str) -> Path:
+    """The working directory of a configuration's run, unless the user names another."""
+    path, argument = configuration.split(source)
+    if path.endswith(".json"):
+        return Path(path).parent
+    return Path("runs", "-".join([Path(path).stem, *filter(None, argument.replace("/", "_").split(","))]))
+
+
+def report(config: Config, metrics: dict[str, float]) -> str:
+    """The metrics of a run for people, with the split that was evaluated, next to what its configuration expects."""
+    from vit_jax.data.tasks import task
+
+    expected, split = dict(config.run.expected), config.data.test_split or task(config.data.task).test_split
+
+    def figure(name: str, value: float) -> str:
+        return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4g}"
+
+    def on_split(name: str) -> str:
+        return f"test {name}" if split == "test" else f"{name} on {split}"
+
+    def title(text: str) -> str:
+        return text[0].upper() + text[1:]
+
+    lines = []
+    for name in ("accuracy", "loss"):
+        if (key := f"test/{name}") in metrics:
+            hint = f" (expected {figure(key, expected.pop(key))})" if key in expected else ""
+            lines.append(f"{title(on_split(name))} {figure(key, metrics[key])} after {metrics['step']:.0f} steps{hint}")
+    if "best/accuracy" in metrics:
+        best = f"{figure('accuracy', metrics['best/accuracy'])} after {metrics['best/step']:.0f} steps"
+        chosen = "the test split" if split == "test" else split
+        lines.append(f"Best {on_split('accuracy')} {best}, chosen on {chosen}")
+    lines += [f"Expected {name.replace('test/', 'test ')}: {figure(name, value)}" for name, value in expected.items()]
+    return "\n".join(lines)

@@ -74,12 +74,15 @@ def run(config: Config, values: flags.FlagValues) -> int:
 
 def main(argv: list[str]) -> int:
     """Does what a command line asks for; returns the exit status: 2 for a wrong command line, 1 for other errors."""
+    from vit_jax.config import check
     from vit_jax.training.command import describe_fields, parse
 
     for library in ("absl", "asyncio"):  # Orbax logs the traceback of what it then raises; one line is enough
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         config, values = parse(argv)
+        if not values.help:
+            check(config)
     except ConfigError as error:
         cli.fail(error)
         return 2

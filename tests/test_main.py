@@ -1,12 +1,17 @@
 """The command line: what it gets wrong ends in a sentence and a status, never in a traceback."""
 
 import importlib.util
+import itertools
+import signal
 from pathlib import Path
 
 import jax
 import pytest
 
-from vit_jax.config import to_json
+from vit_jax import cli
+from vit_jax import config as configuration
+from vit_jax.config import Config, to_json
+from vit_jax.training import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +24,11 @@ def main():
     return module
 
 
+def called(main, argv):
+    """The exit status of a command line, as a process would give it."""
+    return cli.call(lambda: main.main(argv), main.MEMORY_ADVICE)
+
+
 @pytest.fixture
 def demo():
     return ["main.py", "--config", str(ROOT / "configs" / "demo.py")]
@@ -29,32 +39,36 @@ def demo():
     [
         (["--config.augment.flip", "False"], "stray argument 'False'; values are given with ="),
         (["train"], "stray argument 'train'"),
-        (["--config.augment.flp=False"], "there is no field config.augment.flp; the nearest: augment.flip"),
-        (["--noconfig.augment.flp"], "there is no field config.augment.flp; the nearest: augment.flip"),
+        (["--config.augment.flp=False"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
+        (["--noconfig.augment.flp"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
+        (["--config.flip=False"], "there is no field config.flip; the nearest: --config.augment.flip=True"),
+        (["--config.zzz=1"], "there is no field config.zzz; --help lists all"),
         (["--config.training.steps=ten"], "config.training.steps=ten"),
         (["--config.augment.flip=maybe"], "config.augment.flip=maybe"),
         (["--config.model.checkpoint"], "config.model.checkpoint"),
         (["--config.augment.crop_area=0.3"], "augment.crop_area must be of type tuple[float, float], got (0.3,)"),
         (["--config.augment.crop_area=(0.1,0.9,0.4)"], "augment.crop_area must be of type tuple[float, float]"),
         (["--config.augment.crop_area=('a','b')"], "augment.crop_area must be of type tuple[float, float]"),
-        (["--config.run.expected=3"], "config.run.expected is set in a configuration file"),
+        (["--config.run.expected=3"], "config.run.expected cannot be set on the command line"),
+        (["--config.training.steps=100000000000000000000"], "training.steps must be from 1 to 100,000,000, got 1000000000000"),
+        ([f"--config.seed={'9' * 5000}"], "config.seed"),
+        (["--workdir", "a\0b"], "--workdir must not contain a NUL character"),
         (["--config.optimizer=sgd"], "there is no field config.optimizer"),
         (["--config.optimizer.warmup_steps=100"], "optimizer.warmup_steps = 100 must be shorter than the run"),
         (["--wordir=x"], "Unknown command line flag 'wordir'"),
         (["--dry_run", "--eval_only"], "--dry_run and --eval_only exclude each other"),
     ],
 )
-def test_a_wrong_command_line(main, demo, capsys, arguments, said):
+def test_wrong_command_line_is_one_line_and_status_2(main, demo, capsys, arguments, said):
     assert main.main(demo + arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error and "Traceback" not in error
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
-def test_misspelt_fields_are_answered_with_the_list(main, demo, capsys):
-    main.main([*demo, "--config.model.chekpoint=x"])
+def test_misspelt_field_shows_nearest_with_values_of_the_file(main, demo, capsys):
+    main.main([*demo, "--config.training.step=9"])
     error = capsys.readouterr().err
-    for name in ("--config.model.checkpoint=", "--config.training.steps=1000", "torchvision | tensorflow | none"):
-        assert name in error
+    assert "the nearest: --config.training.steps=80" in error and "model.variant" not in error
 
 
 def test_a_value_of_the_wrong_type_is_answered_with_what_is_expected(main, demo, capsys):
@@ -71,7 +85,7 @@ def test_a_configuration_that_is_not_there(main, capsys, source):
 
 
 def test_overrides_are_typed(main, demo):
-    config, _ = main.parse(
+    config, _ = command.parse(
         [*demo, "--config.seed=7", "--noconfig.augment.flip", "--config.augment.crop_area=(0.5,1)",
          "--config.optimizer.learning_rate=1e-2", "--config.model.checkpoint="]
     )  # fmt: skip
@@ -79,11 +93,22 @@ def test_overrides_are_typed(main, demo):
     assert (config.optimizer.learning_rate, config.model.checkpoint) == (0.01, "")
 
 
-def test_help_lists_every_field_with_the_values_of_the_configuration(main, demo, capsys):
+def test_help_describes_every_field_with_the_values_of_the_file(main, demo, capsys):
     assert main.main([*demo, "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--workdir DIR" in text and "--config.model.checkpoint=mini_8" in text and "float32 | bfloat16" in text
+    assert "--workdir DIR" in text and "--config.model.checkpoint=mini_8" in text and "auto | float32 | bfloat16" in text
+    assert "images per update, over all devices (int)" in text and "tuple[float, float]" in text
+    assert max(map(len, text.splitlines())) <= 120
     assert main.main(["main.py", "--help"]) == 0
+
+
+def test_help_lists_only_fields_that_can_be_set_and_each_with_a_description():
+    listed = command.describe_fields(Config()).splitlines()
+    options = [line.split("=")[0].strip() for line in listed if line.startswith("  --config.")]
+    assert options == [f"--config.{name}" for name in configuration.fields(Config()) if name != "run.expected"]
+    for line, below in itertools.pairwise(listed):
+        if line.startswith("  --config."):
+            assert below.startswith("      ") and not below.strip().startswith("("), line
 
 
 @pytest.mark.parametrize(
@@ -95,13 +120,13 @@ def test_help_lists_every_field_with_the_values_of_the_configuration(main, demo,
     ],
 )
 def test_where_a_run_lives(main, source, expected):
-    assert main.workdir_of(source) == Path(expected)
+    assert command.workdir_of(source) == Path(expected)
 
 
 def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, capsys):
     from vit_jax.training import loop
 
-    config, _ = main.parse(demo)
+    config, _ = command.parse(demo)
     (tmp_path / "config.json").write_text(to_json(config))
     seen = []
 
@@ -112,17 +137,49 @@ def test_a_run_goes_on_from_its_own_json(main, demo, tmp_path, monkeypatch, caps
     monkeypatch.setattr(loop, "train", train)
     assert main.main(["main.py", "--config", str(tmp_path / "config.json")]) == 0
     assert seen == [(config, tmp_path)]
-    text = capsys.readouterr().out
-    assert "test/accuracy 50.00% (expected " in text and "best evaluation 62.50%, step 2, chosen on the test split" in text
-    assert "random weights" in text and str(tmp_path / "best.npz") in text
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        "Test accuracy 50.00 % after 100 steps (expected 80.20 %)",
+        "Test loss 1.25 after 100 steps",
+        "Best test accuracy 62.50 % after 2 steps, chosen on the test split",
+        "Expected test accuracy from random weights: 50.40 %",
+        f"Weights: {tmp_path / 'best.npz'} (best), {tmp_path / 'final.npz'} (last)",
+    ]
 
 
-def test_what_a_file_expects_is_not_said_of_another_run(main, demo):
-    config, _ = main.parse([*demo, "--config.seed=5"])
-    metrics = {"step": 100, "test/accuracy": 0.5, "test/loss": 1.0}
-    assert "expected" not in main.report(config, metrics)
-    config, _ = main.parse([*demo, "--config.model.checkpoint=mini_8.npz", "--config.run.parallel=pmap"])
-    assert "expected" in main.report(config, metrics)
+def test_report_names_the_split_that_was_evaluated(main, demo):
+    config, _ = command.parse([*demo, "--config.data.test_split=train[90%:]"])
+    metrics = {"step": 100, "test/accuracy": 0.5, "test/loss": 1.0, "best/step": 2, "best/accuracy": 0.625}
+    assert command.report(config, metrics).splitlines() == [
+        "Accuracy on train[90%:] 50.00 % after 100 steps",
+        "Loss on train[90%:] 1 after 100 steps",
+        "Best accuracy on train[90%:] 62.50 % after 2 steps, chosen on train[90%:]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("seed=5", False),
+        ("training.steps=90", False),
+        ("model.checkpoint=Ti/16", False),
+        ("model.checkpoint=/data/mini_8.npz", True),
+        ("run.parallel=pmap", True),
+        ("training.save_every=7", True),
+        ("training.eval_every=7", True),
+    ],
+)
+def test_expected_values_survive_what_changes_no_numbers(demo, override, kept):
+    config, _ = command.parse([*demo, f"--config.{override}"])
+    assert bool(config.run.expected) == kept
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_training_says_how_to_continue(main, demo, monkeypatch, capsys, number, status):
+    from vit_jax.training import loop
+
+    monkeypatch.setattr(loop, "train", lambda *_: loop.Result({"step": 3}, {}, finished=False, signal=number))
+    assert main.main([*demo, "--workdir", "w"]) == status
+    assert capsys.readouterr().err == "stopped and saved in w; run the same command again to continue\n"
 
 
 def test_a_page_that_cannot_be_drawn_fails_no_run(main, tmp_path, capsys):
@@ -131,12 +188,12 @@ def test_a_page_that_cannot_be_drawn_fails_no_run(main, tmp_path, capsys):
 
 
 def test_paths_that_look_like_overrides(main, demo, tmp_path, monkeypatch, capsys):
-    config, _ = main.parse(demo)
+    config, _ = command.parse(demo)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     (tmp_path / "at 12:30.json").write_text(to_json(config))
-    assert main.parse(["main.py", "--config", "config.json", "--workdir", "config.old"])[0] == config
-    assert main.parse(["main.py", "--config", "at 12:30.json"])[0] == config
+    assert command.parse(["main.py", "--config", "config.json", "--workdir", "config.old"])[0] == config
+    assert command.parse(["main.py", "--config", "at 12:30.json"])[0] == config
 
 
 @pytest.mark.parametrize(
@@ -144,7 +201,11 @@ def test_paths_that_look_like_overrides(main, demo, tmp_path, monkeypatch, capsy
     [
         (OSError(28, "No space left on device", "metrics.jsonl"), "error: metrics.jsonl: No space left on device", 1),
         (KeyboardInterrupt(), "interrupted", 130),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), "too little memory for this: raise training.acc", 1),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+            "the device has too little memory: raise training.acc",
+            1,
+        ),
     ],
 )
 def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, capsys, error, said, status):
@@ -154,7 +215,7 @@ def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, ca
         raise error
 
     monkeypatch.setattr(loop, "train", fails)
-    assert main.main(demo) == status
+    assert called(main, demo) == status
     assert said in capsys.readouterr().err
 
 
@@ -177,7 +238,7 @@ def test_paths_that_lead_nowhere(main, demo, capsys, tmp_path, monkeypatch, mode
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     task = ["--config.data.task=cifar100"] if override.startswith("run") else []
-    assert main.main([*demo, *mode, *task, f"--config.{override}", "--workdir=w"]) == 1
+    assert called(main, [*demo, *mode, *task, f"--config.{override}", "--workdir=w"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(said) and error.count("\n") == 1
 
@@ -191,7 +252,7 @@ def test_what_nobody_may_read(main, demo, capsys, tmp_path, monkeypatch, module)
 
     name = {"checkpoints.google": "open", "data.prepare": "find_prepared"}[module]
     monkeypatch.setattr(f"vit_jax.{module}.{name}", refused, raising=False)
-    assert main.main([*demo, "--dry_run", "--workdir", str(tmp_path / "w")]) == 1
+    assert called(main, [*demo, "--dry_run", "--workdir", str(tmp_path / "w")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "there" in error and "Permission denied" in error and error.count("\n") == 1
 
@@ -199,7 +260,7 @@ def test_what_nobody_may_read(main, demo, capsys, tmp_path, monkeypatch, module)
 def test_a_checkpoint_that_is_not_there_says_where_to_get_it(main, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = str(ROOT / "configs" / "cifar100_b16.py")
-    assert main.main(["main.py", "--config", source, "--config.data.task=cifar100_excerpt"]) == 1
+    assert called(main, ["main.py", "--config", source, "--config.data.task=cifar100_excerpt"]) == 1
     error = capsys.readouterr().err
     assert "imagenet21k/ViT-B_16.npz cannot be had (https://storage.googleapis.com/" in error
     assert "hf://google/vit-base-patch16-224-in21k/" in error and "VIT_JAX_MIRROR" in error

@@ -94,8 +94,10 @@ def prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: else the next file that is opened would receive what libraries write to the descriptor
             os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY)
-    sys.stdout = sys.__stdout__ = _rewrap(sys.stdout, _Output, 1)
-    sys.stderr = sys.__stderr__ = _rewrap(sys.stderr, _Errors, 2)
+    for name, kind, descriptor in (("stdout", _Output, 1), ("stderr", _Errors, 2)):
+        stream = _rewrap(getattr(sys, name), kind, descriptor)
+        for place in (name, f"__{name}__"):
+            setattr(sys, place, stream)
 
 
 def _rewrap(stream: Any, kind: type[io.TextIOWrapper], descriptor: int) -> Any:

@@ -126,7 +126,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.warmup_steps": (0, _INT32),
     "optimizer.learning_rate": (1e-30, 1e6),
     "optimizer.weight_decay": (0, 1e6),
-    "optimizer.clip_norm": (0, 1e30),
+    "optimizer.clip_norm": (0, 1e9),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
 _FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")

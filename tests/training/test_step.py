@@ -180,10 +180,23 @@ def test_updates_against_arithmetic_by_hand(settings):
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_schedule_against_its_formula(decay, warmup):
+def test_schedule_is_that_of_the_original(decay, warmup):
+    """create_learning_rate_schedule of its vit_jax/utils.py, whose linear decay ends at 1e-5."""
     rate = optimizers.schedule(Optimizer(learning_rate=0.5, warmup_steps=warmup, decay=decay), 11)
     for count in range(12):
         progress = np.clip((count - warmup) / (11 - warmup), 0, 1)
-        fall = (1 + np.cos(np.pi * progress)) / 2 if decay == "cosine" else 1 - progress
-        expected = 0.5 * fall * (min(1, count / warmup) if warmup else 1)
+        decayed = 0.5 * (1 + np.cos(np.pi * progress)) / 2 if decay == "cosine" else 1e-5 + (0.5 - 1e-5) * (1 - progress)
+        expected = decayed * (min(1, count / warmup) if warmup else 1)
         np.testing.assert_allclose(rate(count), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_last_update_has_the_rate_that_the_docstring_says():
+    """T = 11 updates, w = 3 of them warm-up; a rate below 1e-5 does not rise."""
+    of = {
+        decay: optimizers.schedule(Optimizer(learning_rate=0.5, warmup_steps=3, decay=decay), 11)
+        for decay in ("cosine", "linear")
+    }
+    assert of["cosine"](10) == pytest.approx(0.5 * (1 + np.cos(np.pi * 7 / 8)) / 2, rel=1e-5)
+    assert of["linear"](10) == pytest.approx(1e-5 + (0.5 - 1e-5) / 8, rel=1e-5)
+    small = optimizers.schedule(Optimizer(learning_rate=1e-6, decay="linear"), 10)
+    assert small(0) == small(9) == pytest.approx(1e-6)

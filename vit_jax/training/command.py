@@ -110,7 +110,7 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     """The configuration and the flags of a command line.
 
     Raises:
-      ConfigError: for anything that is wrong with the command line, the file or the values.
+      ConfigError: for anything that is wrong with the command line or the file; the values are not checked.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -137,7 +137,6 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         raise ConfigError("--workdir must not contain a NUL character")
     config = values.config
     if values["config"].present:
-        configuration.check(config)
         flag: Any = values["config"]
         if not _keeps_expected(config, configuration.read(flag.config_filename)):
             config.run.expected = {}

@@ -223,7 +223,10 @@ def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, ca
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.checkpoint=~nobody-of-that-name/x", "error: ~nobody-of-that-name/x cannot be read (Could not determine home"),
+        (
+            "model.checkpoint=~nobody-of-that-name/x",
+            "error: checkpoint='~nobody-of-that-name/x': the user '~nob",
+        ),
         ("model.checkpoint=/proc/self/mem", "error: /proc/self/mem is empty"),
         ("model.checkpoint=loop", "error: there is no file loop"),
         (
@@ -262,6 +265,6 @@ def test_a_checkpoint_that_is_not_there_says_where_to_get_it(main, capsys, tmp_p
     source = str(ROOT / "configs" / "cifar100_b16.py")
     assert called(main, ["main.py", "--config", source, "--config.data.task=cifar100_excerpt"]) == 1
     error = capsys.readouterr().err
-    assert "imagenet21k/ViT-B_16.npz cannot be had (https://storage.googleapis.com/" in error
+    assert "no network: ViT-B_16 could not be downloaded: " in error and "https://storage.googleapis.com/" in error
     assert "hf://google/vit-base-patch16-224-in21k/" in error and "VIT_JAX_MIRROR" in error
     assert not list(tmp_path.iterdir())

@@ -161,6 +161,25 @@ def test_other_names_for_a_file(name, expected):
     assert resolve(name) is PUBLISHED[expected]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_short_name_resolves_to_its_row(name):
+    assert len(short := catalogue.short_name(name)) <= 48 and resolve(short) is PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["B/16-384", "B_16-384", "b16-384"])
+def test_short_name_of_a_finetuned_file_and_its_accuracy(name):
+    assert resolve(name).name == f"augreg/{RECOMMENDED['B/16'][0]}--imagenet2012-steps_20k-lr_0.03-res_384"
+    assert resolve(name).accuracy == 85.49 and sum(row.accuracy is not None for row in PUBLISHED.values()) == 9
+
+
+def test_demanded_hash_is_part_of_a_name():
+    digits = "0123456789ABCDEF" * 4
+    assert resolve(f"ViT-B_16@sha256:{digits}").demanded == digits.lower() and resolve("ViT-B_16").demanded is None
+    for wrong in ("", "12", "g" * 64, digits + "0"):
+        with pytest.raises(CheckpointError, match="ViT-B_16: @sha256:'.*', expected 64 hexadecimal digits"):
+            resolve(f"ViT-B_16@sha256:{wrong}")
+
+
 @pytest.mark.parametrize(
     "tail, expected",
     [

@@ -1,8 +1,10 @@
-"""The command line: what it prints and writes, and that an error is a sentence and a status."""
+"""The command line: what it prints and writes, and that an error is one line and a status."""
 
+import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.__main__ import main
-from vit_jax.checkpoints.catalogue import PUBLISHED
+from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
 from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
 from vit_jax.checkpoints.load import load
+from vit_jax.errors import CheckpointError
 from vit_jax.models.intermediates import stages
 from vit_jax.models.variants import build, shapes
 
@@ -39,16 +42,44 @@ def equal(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def test_list_names_every_file_and_what_is_here(capsys):
+def test_list_says_what_to_type_and_what_is_here(capsys):
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(PUBLISHED) and lines[0].split()[-3:] == ["here", "mini_8", "(Mini/8)"]
-    assert [line for line in lines if line.endswith("(B/16)")] and not any("here" in line for line in lines[1:])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "model", "pixels", "classes", "size", "ImageNet", "here"]
+    assert max(map(len, [head, *lines])) <= 100 and len(lines) == len(PUBLISHED)
+    assert [resolve(line.split()[0]).name for line in lines] == list(PUBLISHED)
+    assert lines[0].split()[-1] == "yes" and not any(line.endswith(("yes", "copy")) for line in lines[1:])
+    (best,) = [line for line in lines if line.startswith("B/16-384 ")]
+    assert best.split()[1:] == ["B/16", "384", "1,000", "347", "MB", "85.49", "%"]
 
 
-def test_get_prints_the_path(capsys):
+@pytest.mark.parametrize(("text", "count"), [("b/16-384", 1), ("GSAM", 4), ("R26+S/32", 6), ("nothing", 0)])
+def test_list_filter_looks_in_names_and_architectures(capsys, text, count):
+    assert main(["list", "--filter", text]) == 0
+    assert capsys.readouterr().out.count("\n") == 1 + count
+
+
+def test_get_prints_the_path_and_apart_the_hash(capsys):
     assert main(["get", "mini_8"]) == 0
-    assert Path(capsys.readouterr().out.strip()).name == "mini_8.npz"
+    captured = capsys.readouterr()
+    path = Path(captured.out.strip())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.name == "mini_8.npz" and captured.err.startswith(f"sha256:{digest} (")
+    for arguments in (["mini_8", "--sha256", digest.upper()], [f"mini_8@sha256:{digest}"]):
+        assert main(["get", *arguments]) == 0
+        assert "(as demanded)" in capsys.readouterr().err
+
+
+def test_a_demanded_hash_is_checked_wherever_a_name_is_taken(capsys, tiny, tmp_path):
+    right = hashlib.sha256((tiny / "final.npz").read_bytes()).hexdigest()
+    for name in (tiny, tiny / "final.npz"):
+        assert main(["inspect", f"{name}@sha256:{right}"]) == 0
+        assert main(["check", f"{name}@sha256:{'0' * 64}"]) == 1
+    assert main(["get", "mini_8", "--sha256", "0" * 64]) == 1
+    said = capsys.readouterr().err
+    assert said.count(f"has the SHA-256 {right}, demanded is {'0' * 64}") == 2 and "mini_8.npz has the SHA-256" in said
+    with pytest.raises(CheckpointError, match="demanded is"):
+        load(f"mini_8@sha256:{'0' * 64}")
 
 
 def test_inspect_tells_what_a_file_holds(capsys, tiny):
@@ -189,7 +220,9 @@ def test_a_program_is_not_read_back(capsys, tmp_path):
     ("arguments", "said"),
     [
         (["get", "B/61"], "no checkpoint is published as 'B/61'; the nearest names: B/16"),
-        (["get", "ViT-B_16"], "imagenet21k/ViT-B_16.npz cannot be had"),
+        (["get", "ViT-B_16"], "error: no network: ViT-B_16 could not be downloaded: get it in another way, such as `gcloud "),
+        (["get", "mini_8", "--sha256", "12"], "mini_8: @sha256:'12', expected 64 hexadecimal digits"),
+        (["inspect", "~no-such-user/x"], "checkpoint='~no-such-user/x': the user '~no-such-user' does not exist; give an abs"),
         (["inspect", "nowhere.npz"], "there is no file nowhere.npz"),
         (["inspect", "{here}"], "a folder without weights"),
         (["convert", "mini_8", "{here}/out"], "give --to timm or --to huggingface"),
@@ -216,7 +249,41 @@ def test_an_error_is_one_sentence_and_a_status(capsys, tmp_path, arguments, said
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_whoever_reads_the_list_may_stop(tmp_path):
+@pytest.mark.parametrize("variable", ["VIT_JAX_MIRROR", "VIT_JAX_CACHE", "XDG_CACHE_HOME", "HF_HOME"])
+def test_a_home_of_an_unknown_user_is_an_error(capsys, monkeypatch, variable):
+    if variable == "XDG_CACHE_HOME":
+        monkeypatch.delenv("VIT_JAX_CACHE")
+    monkeypatch.setenv(variable, "~no-such-user/x")
+    assert main(["get", "ViT-B_16"]) == 1
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{variable}='~no-such-user/x.*': the user '~no-such-user' does not exist", said)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_output_is_an_error(capsys):
+    command = f"{sys.executable} -m vit_jax.checkpoints list > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 1 and done.stderr == "error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("package", ["checkpoints", "data"])
+def test_a_signal_during_imports_ends_the_process(tmp_path, number, status, package):
+    """The import of numpy is replaced by one that never ends."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    arguments = ["inspect", "mini_8"] if package == "checkpoints" else ["show", "cifar100_excerpt"]
+    command = [sys.executable, "-m", f"vit_jax.{package}", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == status and said in ("interrupted\n", "terminated\n")
+
+
+def test_list_ends_quietly_when_its_pipe_closes(tmp_path):
     command = f"{sys.executable} -m vit_jax.checkpoints list | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr

@@ -17,13 +17,12 @@ import threading
 import time
 from pathlib import Path
 
-import huggingface_hub.constants
-import huggingface_hub.file_download
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from vit_jax import fetch as fetching
 from vit_jax import files
 from vit_jax.checkpoints import catalogue, download
 from vit_jax.checkpoints.catalogue import PUBLISHED, Published
@@ -69,10 +68,10 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.delenv("VIT_JAX_MIRROR", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(download, "_TIMEOUT", (2.0, 0.2))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(fetching, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(fetching, "_TIMEOUT", (2.0, 0.2))
+    monkeypatch.setattr(fetching, "_RATE", 1)
 
 
 def free_port() -> int:
@@ -144,8 +143,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mood.get("etag", True) and status in (200, 206):
             self.send_header("ETag", server.etag)
         if "/resolve/" in self.path and mood.get("hub", True):
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(server.files.get(self.path, b"")).hexdigest()}"')
+            self.send_header("X-Repo-Commit", mood.get("commit", COMMIT))
+            digest = f'"{hashlib.sha256(server.files.get(self.path, b"")).hexdigest()}"'
+            self.send_header("X-Linked-ETag", mood.get("linked", digest))
             self.send_header("X-Linked-Size", str(len(server.files.get(self.path, b""))))
         self.send_header("Content-Length", str(mood.get("length", len(body))))
         self.end_headers()
@@ -193,7 +193,7 @@ def test_a_file_is_fetched_once(server, content, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "vit_jax"):
         path = fetch(wanted)
     assert path == tmp_path / "cache" / f"{NAME}.npz" and path.read_bytes() == content
-    assert f"fetching {server.url}/{NAME}.npz (3 MiB)" in caplog.text
+    assert f"downloading {server.url}/{NAME}.npz ({len(content) / 1e6:.1f} MB)" in caplog.text
     assert fetch(wanted) == local(wanted) == path and len(server.asked) == 1
     assert kept(tmp_path) == {f"{NAME}.npz", "imagenet21k/.Nano_8.npz.lock"}
     assert fetch(wanted, cache=tmp_path / "another") == tmp_path / "another" / f"{NAME}.npz"
@@ -217,24 +217,24 @@ def test_cut_at_ten_places_it_goes_on_from_each(server, content, seed):
     gets = server.gets()
     assert len(gets) == 11 and gets[0].first == 0
     for asked, place in zip(gets[1:], places, strict=True):  # on from what had come, never from the beginning
-        assert place - download._CHUNK <= asked.first <= place
+        assert place - fetching._CHUNK <= asked.first <= place
         assert asked.first == 0 or asked.condition == '"1"'
 
 
 def test_another_process_goes_on_where_one_ended(server, content, monkeypatch):
-    monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setattr(fetching, "_PAUSES", ())
     server.mood = lambda n, asked: {"cut": 2_000_000} if n == 0 else None
     wanted = row(f"{server.url}/{NAME}.npz")
-    with pytest.raises(CheckpointError, match=r"cannot be had \(http://[^ ]*: .*(2000000|IncompleteRead)"):
+    with pytest.raises(CheckpointError, match=r"could not be downloaded: .*tried: http://[^ ]*: .*(2,000,000|IncompleteRead)"):
         fetch(wanted)
     assert local(wanted) is None
     assert fetch(wanted).read_bytes() == content
     again = server.gets()[1]
-    assert 2_000_000 - download._CHUNK <= again.first <= 2_000_000 and again.sent == len(content) - again.first
+    assert 2_000_000 - fetching._CHUNK <= again.first <= 2_000_000 and again.sent == len(content) - again.first
 
 
 def test_a_file_that_changed_meanwhile_is_not_spliced(server, content, monkeypatch):
-    monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setattr(fetching, "_PAUSES", ())
     server.mood = lambda n, asked: {"cut": 2_000_000, "body": bytes(len(content))} if n == 0 else None
     wanted = row(f"{server.url}/{NAME}.npz")
     with pytest.raises(CheckpointError):
@@ -252,7 +252,7 @@ def test_a_server_that_cannot_go_on_starts_again(server, content, missing):
 
 
 def test_what_another_address_left_is_not_gone_on_with(server, content, monkeypatch):
-    monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setattr(fetching, "_PAUSES", ())
     server.mood = lambda n, asked: {"cut": 2_000_000, "body": bytes(len(content))} if "bad" in asked.path else None
     assert fetch(row(f"{server.url}/bad.npz", f"{server.url}/{NAME}.npz")).read_bytes() == content
     assert [asked.first for asked in server.gets()] == [0, 0]
@@ -284,9 +284,9 @@ def test_a_server_that_is_busy_is_asked_again(server, content, status):
 
 
 def test_being_offline_is_noticed_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(download, "_PAUSES", (60.0, 60.0))
+    monkeypatch.setattr(fetching, "_PAUSES", (60.0, 60.0))
     closed = f"127.0.0.1:{free_port()}"
-    with pytest.raises(CheckpointError, match="Connection refused.*Connection refused"):
+    with pytest.raises(CheckpointError, match="^no network: Nano_8 could not be .*: .*(Connection refused.*){2}"):
         fetch(row(f"http://{closed}/{NAME}.npz", f"hf://{REPOSITORY}/model.safetensors"))
 
 
@@ -339,7 +339,7 @@ def test_the_next_address_is_tried_and_failing_all_each_answer_told(server, cont
     bad = f"{server.url if make else f'http://127.0.0.1:{free_port()}'}/bad.npz"
     server.mood = lambda n, asked: mood if "bad" in asked.path else None
     known = dict(size=len(content), sha256=hashlib.sha256(content).hexdigest()) if exact else {}
-    with pytest.raises(CheckpointError, match=f"{NAME}.npz cannot be had .{bad}: .*({said})") as error:
+    with pytest.raises(CheckpointError, match=f"Nano_8 could not be downloaded: .*tried: {bad}: .*({said})") as error:
         fetch(row(bad, **known))
     assert "\n" not in str(error.value)
     assert not any(name.endswith(".npz") for name in kept(tmp_path))
@@ -428,7 +428,7 @@ def test_two_processes_at_once_fetch_once(server, content, tmp_path, killed):
             results = [process.communicate(timeout=60) for process in processes]
     for printed, _ in results:
         assert Path(printed.strip()).read_bytes() == content
-    assert "waiting for another process that fetches" in "".join(complaint for _, complaint in results)
+    assert "waiting for another process that downloads" in "".join(complaint for _, complaint in results)
     assert [asked.first > 0 for asked in server.gets()] == ([False, True] if killed else [False])
 
 
@@ -491,7 +491,7 @@ def test_a_copy_on_the_hub_is_converted(server, hub, tree, tensors, tmp_path, ca
     wanted = row(f"{server.url}/nothing.npz", hub)
     with caplog.at_level(logging.WARNING, "vit_jax"):
         path = fetch(wanted)
-    assert f"fetching {hub}" in caplog.text
+    assert f"downloading {server.url}/{REPOSITORY}/" in caplog.text
     assert path == tmp_path / "cache" / "copies" / f"{REPOSITORY}.npz" == local(wanted)
     found, expected = flatten_dict(read_npz(path), sep="/"), flatten_dict(tree, sep="/")
     assert found.keys() == expected.keys()
@@ -506,8 +506,45 @@ def test_a_copy_on_the_hub_is_converted(server, hub, tree, tensors, tmp_path, ca
     }
     asked = len(server.asked)
     assert fetch(wanted) == path and len(server.asked) == asked
-    path.unlink()  # the hub's client has it still
-    assert fetch(wanted) == path and not server.gets("resolve")[1:]
+    assert kept(tmp_path) >= {f"copies/{REPOSITORY}.npz", f"copies/{REPOSITORY}.json"}
+    assert not [name for name in kept(tmp_path) if "safetensors" in name and not name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("state", ["whole", "damaged", "another branch"])
+def test_the_cache_of_the_hub_s_own_client_is_read(server, hub, tensors, tmp_path, state):
+    digest = hashlib.sha256(tensors["whole"]).hexdigest()
+    folder = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (folder / part).mkdir(parents=True)
+    (folder / "blobs" / digest).write_bytes(flipped(tensors["whole"]) if state == "damaged" else tensors["whole"])
+    (folder / "snapshots" / COMMIT / "model.safetensors").symlink_to(f"../../blobs/{digest}")
+    (folder / "refs" / "main").write_text("../../../else" if state == "another branch" else COMMIT)
+    before = sorted(folder.rglob("*"))
+    assert read_meta(fetch(row(hub)))["source_sha256"] == digest
+    assert len(server.asked) == (state != "whole") and sorted(folder.rglob("*")) == before
+
+
+def test_the_hub_is_not_asked_when_it_is_set_offline(server, hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=f"{hub}: HF_HUB_OFFLINE is set"):
+        fetch(row(hub))
+    assert not server.asked
+
+
+@pytest.mark.parametrize("etag", ['"{outside}/evil.pth"', '"../../../../../../../../{outside}/evil.pth"', "", 'W/"x"'])
+def test_a_hostile_hub_writes_nothing_outside_the_cache(server, hub, tmp_path, etag):
+    """Whatever its headers say, and although what it sends is refused."""
+    outside = tmp_path / "outside"
+    etag = etag.format(outside=outside)
+    server.etag = etag
+    server.mood = lambda n, asked: {"linked": etag, "commit": "../../../outside", "body": b"evil"}
+    with pytest.raises(CheckpointError, match=f"{hub}: not a copy of that file"):
+        fetch(row(hub))
+    assert not outside.exists() and not (tmp_path / "hub").exists()
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {
+        ".nano_patch8_16.orig.npz.lock",
+        ".nano_patch8_16.orig.safetensors.lock",
+    }
 
 
 def test_a_copy_without_the_head_serves_whoever_needs_none(server, hub, tensors, content, tmp_path, monkeypatch):
@@ -538,9 +575,7 @@ def test_google_s_copy_keeps_pre_logits(server, hub, tree, tmp_path):
     assert read_meta(path)["lacks"] == ["head"] and (read_npz(path)["pre_logits"]["kernel"] == 1).all()
 
 
-def test_the_hub_s_client_goes_on_too(server, hub, tensors, tree, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # below it nothing is kept
+def test_a_cut_download_from_the_hub_is_resumed(server, hub, tensors, tree):
     size = len(tensors["whole"])
     server.mood = lambda n, asked: {"cut": (n + 1) * size // 4} if n < 3 and asked.method == "GET" else None
     assert (read_npz(fetch(row(hub)))["cls"] == tree["cls"]).all()
@@ -550,30 +585,26 @@ def test_the_hub_s_client_goes_on_too(server, hub, tensors, tree, monkeypatch):
 HUB_FAILURES = {
     "403": ({"status": 403}, "403 Forbidden"),
     "404": ({"status": 404}, "404 Not Found"),
-    "is no hub": ({"hub": False, "etag": False}, "missing the 'X-Repo-Commit' header"),
-    "another length": ({"body": b"x" * 100, "GET": True}, "should be of size|Consistency|reading|bytes"),
-    "stalls": ({"cut": 100, "stall": True, "GET": True}, "timed out"),
-    "wrong bytes": ("flip", "damaged on its way: its SHA-256 is"),
+    "another length": ({"body": b"x" * 100}, "not that file: its SHA-256 is"),
+    "stalls": ({"cut": 100, "stall": True}, "timed out"),
+    "wrong bytes": ("flip", "not that file: its SHA-256 is .*, the server says"),
     "another model": ("headless", "not a copy of that file"),
 }
 
 
 @pytest.mark.parametrize("failure", HUB_FAILURES)
-def test_when_the_hub_fails_the_next_address_is_tried(server, hub, tensors, content, monkeypatch, failure):
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+def test_when_the_hub_fails_the_next_address_is_tried(server, hub, tensors, content, failure):
     mood, said = HUB_FAILURES[failure]
     if mood == "headless":
         server.files[f"/{REPOSITORY}/resolve/main/model.safetensors"], mood = tensors["headless"], {}
     elif mood == "flip":
-        mood = {"body": flipped(tensors["whole"]), "GET": True}
-    server.mood = lambda n, asked: (
-        mood if "resolve" in asked.path and asked.method in ("GET", mood.get("GET") or "HEAD") else None
-    )
+        mood = {"body": flipped(tensors["whole"])}
+    server.mood = lambda n, asked: mood if "resolve" in asked.path else None
     with pytest.raises(CheckpointError, match=f"{hub}: .*({said})") as error:
         fetch(row(hub))
     assert "\n" not in str(error.value)
     assert fetch(row(hub, f"{server.url}/{NAME}.npz")).read_bytes() == content
-    if failure == "wrong bytes":  # nor does the damaged file stay in the hub's cache
+    if failure == "wrong bytes":  # nor does the damaged file stay
         server.mood = lambda n, asked: None
         assert fetch(row(hub)).read_bytes()
 
@@ -629,7 +660,7 @@ def test_augreg_s_index_is_fetched(server, tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_MIRROR", server.url)
     monkeypatch.setattr(download, "BUCKET", f"{server.url}/bucket")
     server.files["/augreg/index.csv"] = b"<html></html>"
-    with pytest.raises(CheckpointError, match=r"augreg/index.csv cannot be had .*no column 'name'.*bucket/.*: 404 Not Found"):
+    with pytest.raises(CheckpointError, match=r"index.csv could not be .*no column 'name'.*bucket/.*: 404 Not Found"):
         best("B/16")
     server.files["/augreg/index.csv"] = f"name,ds,final_val,filename\nB/16,i21k,0.5,{file}\n".encode()
     assert best("B/16").name == f"augreg/{file}" and best("b_16", index=download.fetch_index()).variant == "B/16"

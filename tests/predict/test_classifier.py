@@ -208,7 +208,7 @@ def test_models_that_cannot_answer(tmp_path, noise):
     ("source", "said"),
     [
         (5, "weights are a path or a published name, got 5"),
-        ("~nobody-of-that-name/x", r"~nobody-of-that-name/x cannot be read \(Could not determine home directory"),
+        ("~nobody-of-that-name/x", "checkpoint='~nobody-of-that-name/x': the user '~nobody-of-that-name' does not exist"),
         ("/proc/self/mem", "/proc/self/mem is empty"),
         ("loop", "there is no file loop"),
     ],

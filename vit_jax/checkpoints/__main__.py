@@ -1,28 +1,13 @@
 """The command line of the weights: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
 
 import argparse
-import io
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
-
-from vit_jax.checkpoints import export, parity, torch_models
-from vit_jax.checkpoints.catalogue import PUBLISHED, SHORT, resolve
-from vit_jax.checkpoints.download import best, fetch, find, local
-from vit_jax.checkpoints.google import check_sums, save_npz
-from vit_jax.checkpoints.inspection import inspect
-from vit_jax.checkpoints.load import meta_of, read
-from vit_jax.checkpoints.meta import image_size
+from vit_jax import cli
 from vit_jax.errors import CheckpointError
-from vit_jax.files import sha256
-from vit_jax.models.intermediates import stages
-from vit_jax.models.variants import patches
 
 _log = logging.getLogger("vit_jax")
 
@@ -30,20 +15,26 @@ _SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 where something is amiss or differs, 2 for a wrong command line."""
+    """Runs one command; returns the exit status: 0, 1 after an error or where numbers differ, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.checkpoints",
         description="Weights by name, into this machine and out of it. FILE and SOURCE are a file (npz, safetensors), a run's "
         "folder, an exported folder or a published name.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="what is published, and what of it is here")
-    getting = commands.add_parser("get", help="download a published file, unless it is here, and print its path")
+    listing = commands.add_parser("list", help="what is published, and what of it is here")
+    listing.add_argument("--filter", metavar="TEXT", default="", help="only rows whose names or architecture contain TEXT")
+    getting = commands.add_parser(
+        "get", help="download a published file, unless it is here; print its path (and on standard error its SHA-256)"
+    )
     getting.add_argument("name", metavar="NAME", help='such as "B/16", "ViT-B_16" or a full AugReg name')
     getting.add_argument(
         "--best", metavar="DS", help='of an architecture, the best of AugReg\'s files pre-trained on "i21k", "i21k_30" or "i1k"'
     )
     getting.add_argument("--index", metavar="CSV", help="AugReg's index.csv, which --best looks in; default: fetched")
+    getting.add_argument(
+        "--sha256", metavar="HEX", help="refuse a file with another SHA-256, as NAME@sha256:HEX does everywhere"
+    )
     inspecting = commands.add_parser("inspect", help="what a file holds, by its headers")
     checking = commands.add_parser("check", help="whether a file is whole, and whether it gives the numbers that others get")
     for command in (inspecting, checking):
@@ -51,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument(
         "--against",
         metavar="PEER",
-        help=f"{', '.join(parity.PEERS)}, or the path of an IO.npz (docs/checkpoints.md): compare stages",
+        help="timm, huggingface, original, or the path of an IO.npz (docs/checkpoints.md): compare stages",
     )
     checking.add_argument("--original", metavar="DIR", help="a checkout of google-research/vision_transformer")
     checking.add_argument("--tolerance", type=float, default=1e-5, help="largest difference over largest value; default 1e-5")
@@ -66,47 +57,75 @@ def main(argv: list[str] | None = None) -> int:
     )
     converting.add_argument("--features", action="store_true", help="leave the head and pre_logits out")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            _list()
-        elif args.command == "get":
-            row = best(args.name, args.best, args.index) if args.best else resolve(args.name)
-            print(fetch(row))
-        elif args.command == "inspect":
-            print(inspect(find(args.file)))
-        elif args.command == "check":
-            return _check(args.file, args.against, args.original, args.tolerance)
-        else:
-            convert(args.source, Path(args.destination), args.to, args.dtype, args.features)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read the list has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # the machine's: no permission, a full disk, something in the way
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return cli.call(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "list":
+        _list(args.filter)
+    elif args.command == "get":
+        _get(args.name, args.best, args.index, args.sha256)
+    elif args.command == "inspect":
+        from vit_jax.checkpoints.download import find
+        from vit_jax.checkpoints.inspection import inspect
+
+        print(inspect(find(args.file)))
+    elif args.command == "check":
+        return _check(args.file, args.against, args.original, args.tolerance)
+    else:
+        convert(args.source, Path(args.destination), args.to, args.dtype, args.features)
     return 0
 
 
-def _list() -> None:
-    """A row a line: what it is, whether it is here, its name, and where an architecture's name alone stands for it.
+def _list(text: str) -> None:
+    """A table with a row for each file whose names or architecture contain a text, whatever its case.
 
-    "copy": what is here was converted from the hub, and may lack the head.
+    "copy" in the last column: what is here was converted from the hub, and may have no head.
     """
-    short = {path: variant for variant, path in SHORT.items()}
+    from vit_jax.checkpoints.catalogue import PUBLISHED, short_name
+    from vit_jax.checkpoints.download import local
+
+    print(f"{'name':49}{'model':9}{'pixels':>6}{'classes':>8}{'size':>10}{'ImageNet':>10}  here")
     for name, row in PUBLISHED.items():
+        short = short_name(name)
+        if not any(text.lower() in words.lower() for words in (name, short, row.variant)):
+            continue
         path = local(row)
-        here = "" if path is None else "copy" if "copies" in path.parts else "here"
-        called = f"  ({short[name]})" if name in short else ""
-        print(f"{row.variant:9}{row.image_size:4} px{row.num_classes:7,} classes{row.mib:8.1f} MiB  {here:5}{name}{called}")
+        here = "" if path is None else "copy" if "copies" in path.parts else "yes"
+        accuracy = f"{row.accuracy:.2f} %" if row.accuracy else "–"
+        size = f"{row.mib * 2**20 / 1e6:,.0f} MB"
+        print(f"{short:49}{row.variant:9}{row.image_size:6}{row.num_classes:8,}{size:>10}{accuracy:>10}  {here}".rstrip())
+
+
+def _get(name: str, ds: str | None, index: str | None, demanded: str | None) -> None:
+    """Fetches a published file; prints its path on standard output and its SHA-256 on standard error."""
+    from vit_jax.checkpoints.catalogue import resolve
+    from vit_jax.checkpoints.download import best, fetch
+    from vit_jax.files import sha256
+
+    row = best(name, ds, index) if ds else resolve(name)
+    if demanded:
+        row = resolve(f"{row.name}@sha256:{demanded}")
+    path = fetch(row)
+    print(path)
+    known = "as the table says" if row.sha256 else "the table has none to compare it with"
+    known = "as demanded" if row.demanded else "of a converted copy" if "copies" in path.parts else known
+    print(f"sha256:{sha256(path)} ({known})", file=sys.stderr)
 
 
 def _check(source: str, against: str | None, original: str | None, tolerance: float) -> int:
     """Reads all of a file, and compares stage by stage where asked; the exit status."""
+    import jax
+    import numpy as np
+
+    from vit_jax.checkpoints import parity
+    from vit_jax.checkpoints.download import find
+    from vit_jax.checkpoints.google import check_sums
+    from vit_jax.checkpoints.load import meta_of, read
+    from vit_jax.checkpoints.meta import image_size
+    from vit_jax.models.intermediates import stages
+    from vit_jax.models.variants import patches
+
     if (against == "original") != (original is not None):
         raise CheckpointError(
             "--against original and --original DIR, a checkout of google-research/vision_transformer, go together"
@@ -153,6 +172,15 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
     that of the stored weights; `features` leaves the head and pre_logits out. CheckpointError where the other side has no
     such model; FileExistsError where a folder is to be written and something is there.
     """
+    import ml_dtypes
+    import numpy as np
+
+    from vit_jax.checkpoints import export, torch_models
+    from vit_jax.checkpoints.download import find
+    from vit_jax.checkpoints.google import save_npz
+    from vit_jax.checkpoints.load import meta_of, read
+    from vit_jax.files import sha256
+
     to = to or next((tool for tool, suffix in _SUFFIXES.items() if suffix == destination.suffix), None)
     if to is None:
         raise CheckpointError(
@@ -186,7 +214,4 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows ASCII alone
-    sys.exit(main())
+    cli.run(main)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, printable
 from vit_jax.models.variants import VARIANTS, build
 
 BUCKET = "https://storage.googleapis.com/vit_models"
@@ -36,6 +36,8 @@ class Published:
     headless: tuple[str, ...] = ()  # those of the addresses whose copy has no head, and timm's no pre_logits either
     size: int | None = None  # of the npz in bytes, where it is known
     sha256: str | None = None  # of the npz, where it is known
+    demanded: str | None = None  # SHA-256 that the caller demands of the file, whichever address gives it
+    accuracy: float | None = None  # percent on ImageNet's validation set, as the README of the original gives it
 
 
 # Parameters but for the head, pre_logits and positions.
@@ -71,9 +73,19 @@ _RECOMMENDED = {
     "B/8": ("B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.03"),
 }
 
+# Percent of ImageNet's validation set that the recommended files give after fine-tuning at 384 px: the README's table.
+_ACCURACIES = {"L/16": 85.59, "B/16": 85.49, "S/16": 83.73, "R50+L/32": 85.99, "R26+S/32": 83.85, "Ti/16": 78.22,
+               "B/32": 83.59, "S/32": 79.58, "R+Ti/16": 75.40}  # fmt: skip
+
 
 def _i21k(model: str, recipe: str) -> str:
     return f"augreg/{model}-i21k-300ep-lr_0.001-{recipe}"
+
+
+def _finetuned(variant: str, size: int) -> str:
+    """The path of a recommended file after fine-tuning on ImageNet at a size."""
+    name, rate = _RECOMMENDED[variant]
+    return f"augreg/{name}--imagenet2012-steps_20k-lr_{rate}-res_{size}"
 
 
 def _i1k(model: str, recipe: str, size: int) -> str:
@@ -141,6 +153,8 @@ _COPIES: dict[str, tuple[str, ...]] = {
     "sam/ViT-B_32": ("timm/vit_base_patch32_224.sam_in1k",),
 }
 
+_ACCURACY = {_finetuned(variant, 384): accuracy for variant, accuracy in _ACCURACIES.items()}
+
 # What AugReg's file names call a data set → its classes. For kitti those of VTAB's distance to the closest vehicle.
 _CLASSES = {"i21k": 21843, "i1k": 1000, "imagenet2012": 1000, "cifar100": 100, "oxford_iiit_pet": 37, "resisc45": 45}
 _CLASSES |= {"kitti": 4}
@@ -163,6 +177,7 @@ def _row(name: str, variant: str, image_size: int, num_classes: int, **known: ob
     model = build(variant)
     width, patches = model.hidden_size, (image_size // model.stride) ** 2
     parameters = _PARAMETERS[variant] + (1 + patches) * width + (width + 1) * (num_classes + original * width)
+    known = {"accuracy": _ACCURACY.get(name)} | known
     fields = dict(mib=round(4 * parameters / 2**20, 1), headless=copies if original else ()) | known
     return Published(name, variant, image_size, num_classes, (f"{BUCKET}/{quote(name)}.npz", *copies), **fields)  # type: ignore[arg-type]
 
@@ -175,6 +190,14 @@ def _augreg(name: str) -> Published | None:
     if not (num_classes := _CLASSES.get(found["task"] or found["data"])):
         return None
     return _row(f"augreg/{name}", variant, int(found["size"] or 224), num_classes)
+
+
+# Every pre-trained file was fine-tuned with both learning rates at both sizes, B/8 only at 224 px (index.csv).
+_FINETUNED = {
+    f"{variant}-{size}": _finetuned(variant, size)
+    for variant in _RECOMMENDED
+    for size in ((224,) if variant == "B/8" else (224, 384))
+}
 
 
 def _rows() -> Iterator[Published]:
@@ -201,11 +224,8 @@ def _rows() -> Iterator[Published]:
     for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32", "R50+ViT-B_16", "ViT-B_8"):
         path = f"imagenet21k+imagenet2012/{name}"
         yield _row(path, variant(name), 224 if name.endswith("-224") else 384, 1000, **known.get(path, {}))
-    # Every pre-trained file was fine-tuned with both learning rates at both sizes, B/8 at 224 px alone (index.csv).
     names = {recommended: None for recommended, _ in _RECOMMENDED.values()}
-    for recommended, rate in _RECOMMENDED.values():
-        for size in (224, 384) if not recommended.startswith("B_8") else (224,):
-            names[f"{recommended}--imagenet2012-steps_20k-lr_{rate}-res_{size}"] = None
+    names |= {path.removeprefix("augreg/"): None for path in _FINETUNED.values()}
     names |= {path.removeprefix("augreg/"): None for path in _COPIES if path.startswith("augreg/")}
     for name in names:
         row = _augreg(name)
@@ -218,23 +238,57 @@ def _rows() -> Iterator[Published]:
 
 
 PUBLISHED: dict[str, Published] = {row.name: row for row in _rows()}
-# An architecture → the file that its name alone stands for.
+# A short name → the file that it means: an architecture, or one and the size at which it was fine-tuned on ImageNet.
 SHORT: dict[str, str] = {"Mini/8": "mini_8"} | {variant: f"augreg/{name}" for variant, (name, _) in _RECOMMENDED.items()}
+SHORT |= _FINETUNED
+_PLAIN_SHORT = {_plain(short): path for short, path in SHORT.items()}
 _SPELLINGS = {known.lower(): known for known in PUBLISHED}
 _REPOSITORIES = {repository: known for known, repositories in _COPIES.items() for repository in repositories}
+
+
+def split_demanded(name: str) -> tuple[str, str | None]:
+    """A name or path without "@sha256:HEX" at its end, and HEX; None if it has no such end.
+
+    Raises:
+      CheckpointError: if HEX is not 64 hexadecimal digits.
+    """
+    base, mark, digits = name.rpartition("@sha256:")
+    if not mark:
+        return name, None
+    if not re.fullmatch("[0-9a-fA-F]{64}", digits):
+        raise CheckpointError(f"{printable(base, 200)}: @sha256:{digits[:70]!r}, expected 64 hexadecimal digits")
+    return base, digits.lower()
+
+
+def short_name(path: str) -> str:
+    """A short name, at most 48 characters, that `resolve` takes for a row of PUBLISHED."""
+    short = [name for name, file in SHORT.items() if file == path]
+    names = [*short, path.rpartition("/")[2], path, *_COPIES.get(path, ())]
+    return next(name for name in names if len(name) <= 48 and _means(name, path))
+
+
+def _means(name: str, path: str) -> bool:
+    try:
+        return resolve(name).name == path
+    except CheckpointError:
+        return False
 
 
 def resolve(name: str) -> Published:
     """The row that a name means; CheckpointError with the nearest names for one that means none.
 
     A path in the bucket, with or without ".npz", gs://vit_models/ or the bucket's address before it; an architecture
-    ("B/16", "R_Ti_16"): AugReg's recommended file; a file's name alone: the original ImageNet-21k file where there is one
-    ("ViT-B_16"), else the only file that is called so; the name of any of AugReg's files, in the table or not; a
-    repository on the hub that holds a copy ("timm/vit_base_patch16_224.augreg_in21k").
+    ("B/16", "R_Ti_16"): AugReg's recommended file; "B/16-384": that file after fine-tuning on ImageNet; a file's name alone:
+    the original ImageNet-21k file where there is one ("ViT-B_16"), else the only file that is called so; the name of any of
+    AugReg's files, in the table or not; a repository on the hub that holds a copy ("timm/vit_base_patch16_224.augreg_in21k").
+    After any of them "@sha256:" and 64 hexadecimal digits demand the file's hash.
     """
+    name, demanded = split_demanded(name)
+    if demanded:
+        return dataclasses.replace(resolve(name), demanded=demanded)
     short = name.removesuffix(".npz").removeprefix("gs://vit_models/").removeprefix(f"{BUCKET}/").replace("%2B", "+")
-    variant, repository = _VARIANTS.get(_plain(short), ""), _REPOSITORIES.get(short.removeprefix("hf://"), "")
-    for known in (short, SHORT.get(variant, ""), repository, f"imagenet21k/{short}", f"augreg/{short}"):
+    recommended, repository = _PLAIN_SHORT.get(_plain(short), ""), _REPOSITORIES.get(short.removeprefix("hf://"), "")
+    for known in (short, recommended, repository, f"imagenet21k/{short}", f"augreg/{short}"):
         if known.lower() in _SPELLINGS:
             return PUBLISHED[_SPELLINGS[known.lower()]]
     if row := _augreg(short.removeprefix("augreg/")):
@@ -244,7 +298,7 @@ def resolve(name: str) -> Published:
         return PUBLISHED[same[0]]
     if same:
         raise CheckpointError(f"several files are published as {name!r}; say which: {', '.join(same)}")
-    names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *_RECOMMENDED]
+    names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *SHORT]
     plain = {_plain(known): known for known in reversed(names)}
     near = [plain[match] for match in difflib.get_close_matches(_plain(short), plain, n=3, cutoff=0)]
     raise CheckpointError(f"no checkpoint is published as {name!r}; the nearest names: {', '.join(near)}")

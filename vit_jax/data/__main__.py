@@ -1,12 +1,16 @@
 """The command line of the data: `python -m vit_jax.data {list,prepare,show} --help`."""
 
 import argparse
-import sys
+from pathlib import Path
+from typing import Any
 
-from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import open_split
+from vit_jax import cli
 from vit_jax.data.tasks import TASKS, find_prepared, task
-from vit_jax.errors import DataError
+from vit_jax.errors import DataError, printable
+
+_GRID = (10, 10)  # the most rows (classes) and columns (images of a class) that `show` draws
+_CELL = 96  # pixels of an image in the grid
+_LABEL = 160  # pixels for the name of a class
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,19 +28,26 @@ def main(argv: list[str] | None = None) -> int:
     preparing = commands.add_parser("prepare", parents=[directory], help="make TFDS data, without TensorFlow")
     preparing.add_argument("name", help="of the task")
     preparing.add_argument("--archive", metavar="FILE", help="its tar file, in any compression; default: downloaded")
-    showing = commands.add_parser("show", parents=[directory], help="splits, counts and classes of a prepared task")
+    showing = commands.add_parser(
+        "show", parents=[directory], help="splits, counts and classes of a prepared task, and its images"
+    )
     showing.add_argument("name", help="of the task")
+    showing.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="draw images of the training split, a row for each class"
+    )
     args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            _list(args.data_dir)
-        elif args.command == "prepare":
-            print(prepare(task(args.name), args.archive, args.data_dir))
-        else:
-            _show(args.name, args.data_dir)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return cli.call(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "list":
+        _list(args.data_dir)
+    elif args.command == "prepare":
+        from vit_jax.data.prepare import prepare
+
+        print(prepare(task(args.name), args.archive, args.data_dir))
+    else:
+        _show(args.name, args.data_dir, args.output)
     return 0
 
 
@@ -45,15 +56,64 @@ def _list(data_dir: str) -> None:
         print(f"{row.name:18}{row.num_classes:5} classes   {find_prepared(row, data_dir) or 'not prepared'}")
 
 
-def _show(name: str, data_dir: str) -> None:
+def _show(name: str, data_dir: str, output: Path | None) -> None:
+    """Prints what each split holds, and how many images of each class; draws a grid of the training images into `output`."""
+    from vit_jax.data.sources import open_split
+
+    if output is not None and output.suffix != ".png":
+        raise DataError(f"--output {output}: expected a name that ends in .png")
     row = task(name)
     splits = {split: open_split(row, split, data_dir) for split in (row.train_split, row.test_split)}
     print(find_prepared(row, data_dir))
     for split, source in splits.items():
         height, width, _ = source.picture_shape
-        print(f"{split:8}{len(source):8,} pictures of {height} x {width}, {source.nbytes / 2**20:.1f} MiB as uint8")
-    print(f"{source.num_classes} classes: {', '.join(source.class_names)}")
+        print(f"{split:8}{len(source):8,} images of {height} x {width}, {source.nbytes / 1e6:.1f} MB as uint8")
+    names = splits[row.train_split].class_names
+    counts, examples = zip(*(_count(source) for source in splits.values()), strict=True)
+    print(f"{f'{len(names)} classes':26}" + "".join(f"{split:>10}" for split in splits))
+    for label, class_name in enumerate(names):
+        print(f"  {printable(class_name):24}" + "".join(f"{count[label]:10,}" for count in counts))
+    if output is not None:
+        _draw(examples[0], names, output)
+        print(output)
+
+
+def _count(source: Any) -> tuple[list[int], list[list[Any]]]:
+    """How many images of each class a split has, and the first of them, as many as the grid has columns."""
+    import numpy as np
+
+    counts = [0] * source.num_classes
+    examples: list[list[Any]] = [[] for _ in counts]
+    for first in range(0, len(source), 1024):
+        images, labels = source.take(np.arange(first, min(first + 1024, len(source))))
+        for image, label in zip(images, labels, strict=True):
+            counts[label] += 1
+            if len(examples[label]) < _GRID[1]:
+                examples[label].append(image.copy())
+    return counts, examples
+
+
+def _draw(examples: list[list[Any]], names: list[str], output: Path) -> None:
+    """Writes a PNG with a row for each class, evenly chosen if there are many: its name and its first images."""
+    from PIL import Image, ImageDraw
+
+    from vit_jax.files import whole_file
+
+    rows, columns = min(_GRID[0], len(names)), _GRID[1]
+    page = Image.new("RGB", (_LABEL + columns * _CELL, rows * _CELL), "white")
+    draw = ImageDraw.Draw(page)
+    for row in range(rows):
+        label = round(row * (len(names) - 1) / max(1, rows - 1))
+        draw.text((8, row * _CELL + _CELL // 2), printable(names[label], 24), fill="black", anchor="lm", font_size=13)
+        for column, pixels in enumerate(examples[label]):
+            image = Image.fromarray(pixels)
+            image.thumbnail((_CELL - 4, _CELL - 4))
+            scale = (_CELL - 4) // max(image.size)
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)  # keeps pixels sharp
+            page.paste(image, (_LABEL + column * _CELL + 2, row * _CELL + 2))
+    with whole_file(output) as file:
+        page.save(file, "PNG")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -5,10 +5,8 @@ as PNG. So the archive is read here, and TFDS's own builder is given PNG bytes; 
 """
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
-import http.client
 import io
 import logging
 import lzma
@@ -17,8 +15,6 @@ import os
 import pathlib
 import shutil
 import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +23,8 @@ import numpy as np
 
 from vit_jax.data.tasks import Archive, Excerpt, Task, data_root, find_prepared, prepare_command
 from vit_jax.errors import DataError
-from vit_jax.files import sha256
+from vit_jax.fetch import Refused, Unreachable, download
+from vit_jax.files import locked, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +32,7 @@ Splits = dict[str, np.ndarray]  # split -> records uint8 [n, labels + pixels]
 Names = dict[str, list[str]]  # label -> names, in the order of the labels' bytes in a record
 
 _PLANES = (3, 32, 32)  # of a picture in a record: channels, rows, columns
-_TIMEOUT = 20  # seconds without a byte from the server
-_ATTEMPTS = 3
+_SLACK = 16 * 2**20  # bytes that an archive may have more than its records
 _CHUNK = 1 << 20  # bytes
 _BAR_INTERVAL = 0.5  # seconds between two states of a progress bar
 
@@ -63,7 +59,7 @@ def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str 
     if task.archive is None:
         raise DataError(f"{task.name} is not in {root}, and this package cannot prepare it: TFDS has to")
     try:
-        with _locked(root / f".{task.name}.lock"):
+        with locked(root / f".{task.name}.lock", f"prepares {task.name}"):
             # Another process may have done the work while this one waited.
             return find_prepared(task, data_dir) or _prepare(task, archive, data_dir, root)
     except (OSError, RuntimeError) as error:  # the latter is how ArrayRecord's writer reports a full disk
@@ -99,72 +95,18 @@ def _prepare(task: Task, given: str | os.PathLike | None, data_dir: str | os.Pat
     return folder
 
 
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock between processes, which the system takes back even from one that is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.warning("Waiting for another process that prepares the same data (it holds %s)", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held it before has removed its file, and a lock on a removed file keeps nobody out.
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
 def _download(task: Task, data_dir: str | os.PathLike, path: pathlib.Path) -> None:
-    """Fetches the task's archive to `path`, all of it or nothing."""
+    """Downloads the task's archive to `path`; what arrives before an interruption is kept for the next try."""
     assert task.archive is not None
-    url = task.archive.url
-    partial = path.with_name(path.name + ".incomplete")
+    records = sum(task.archive.examples.values()) * _record_bytes(task.archive)
     try:
-        for _ in range(_ATTEMPTS):
-            with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-                # Once the server has answered, a failure is worth another attempt. Before that it is not: being offline
-                # has to be noticed at once.
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    _receive(response, partial, path.name)
-                except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
-                    failure: Exception = error
-                    _log.warning("Downloading %s broke off: %r", url, error)
-                    continue
-            partial.rename(path)
-            return
-        raise failure
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        download(task.archive.url, path, most=records + _SLACK)
+    except Refused as error:
+        offline = "no network: " if isinstance(error, Unreachable) else ""
         raise DataError(
-            f"{task.name} is not prepared in {data_root(task, data_dir)} and {url} cannot be downloaded "
-            f"({getattr(error, 'reason', None) or repr(error)}): get the file in another way and run "
-            f"`{prepare_command(task, data_dir, archive='FILE')}`"
+            f"{offline}{task.name} is not prepared in {data_root(task, data_dir)} and {task.archive.url} cannot be downloaded "
+            f"({error}): get the file in another way and run `{prepare_command(task, data_dir, archive='FILE')}`"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _receive(response: Any, path: pathlib.Path, title: str) -> None:
-    from tqdm import tqdm
-
-    length = int(response.headers.get("Content-Length") or 0)
-    with (
-        open(path, "wb") as file,
-        tqdm(total=length or None, desc=f"Downloading {title}", unit="B", unit_scale=True, mininterval=_BAR_INTERVAL) as bar,
-    ):
-        received = 0
-        while chunk := response.read(_CHUNK):
-            file.write(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-    if received < length:
-        raise http.client.IncompleteRead(b"", length - received)
 
 
 def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
@@ -212,7 +154,12 @@ def _read_members(archive: Archive, path: pathlib.Path) -> dict[str, bytes]:
         with (
             open(path, "rb") as file,
             tqdm.wrapattr(
-                file, "read", total=path.stat().st_size, desc=f"Reading {path.name}", mininterval=_BAR_INTERVAL
+                file,
+                "read",
+                total=path.stat().st_size,
+                desc=f"Reading {path.name}",
+                mininterval=_BAR_INTERVAL,
+                disable=None,
             ) as watched,
         ):
             try:
@@ -294,7 +241,7 @@ def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) ->
 
     total = sum(len(records) for records in splits.values())
     with (
-        tqdm(total=total, desc=f"Preparing {task.name}", unit=" pictures", mininterval=_BAR_INTERVAL) as bar,
+        tqdm(total=total, desc=f"Preparing {task.name}", unit=" images", mininterval=_BAR_INTERVAL, disable=None) as bar,
         _tfds_silent(),
         _same_bytes_everywhere(),
     ):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax import fetch
+from vit_jax import fetch, transfer
 from vit_jax.errors import UserError
 from vit_jax.fetch import Refused, Unreachable, download, read
 
@@ -90,9 +90,9 @@ def serve():
 @pytest.fixture(autouse=True)
 def small_bounds(monkeypatch):
     monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(fetch, "_TIMEOUT", (2.0, 2.0))
-    monkeypatch.setattr(fetch, "_HEADERS", 0.6)
-    monkeypatch.setattr(fetch, "_WINDOW", 0.6)
+    monkeypatch.setattr(transfer, "_TIMEOUT", (2.0, 2.0))
+    monkeypatch.setattr(transfer, "_HEADERS", 0.6)
+    monkeypatch.setattr(transfer, "_WINDOW", 0.6)
 
 
 def head(status="200 OK", *headers: str, length: int | str | None = None) -> bytes:
@@ -173,7 +173,7 @@ def test_read_has_a_time_for_the_whole(serve, monkeypatch):
 
 
 def test_a_server_that_stops_in_the_middle_is_asked_again(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "_TIMEOUT", (2.0, 0.2))
+    monkeypatch.setattr(transfer, "_TIMEOUT", (2.0, 0.2))
 
     def answer(server, connection, n):
         if n:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a file may import its own floor and those below.
 FLOORS = (
     {"errors", "files", "config", "models"},
-    {"fetch", "cli", "transforms", "peers"},
+    {"transfer", "fetch", "cli", "transforms", "peers"},
     {"data"},
     {"checkpoints"},
     {"training", "reports"},

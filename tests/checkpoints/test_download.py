@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from vit_jax import fetch as fetching
-from vit_jax import files
+from vit_jax import files, transfer
 from vit_jax.checkpoints import catalogue, download
 from vit_jax.checkpoints.catalogue import PUBLISHED, Published
 from vit_jax.checkpoints.download import best, fetch, find, local
@@ -70,8 +70,8 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(fetching, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(fetching, "_TIMEOUT", (2.0, 0.2))
-    monkeypatch.setattr(fetching, "_RATE", 1)
+    monkeypatch.setattr(transfer, "_TIMEOUT", (2.0, 0.2))
+    monkeypatch.setattr(transfer, "_RATE", 1)
 
 
 def free_port() -> int:
@@ -217,7 +217,7 @@ def test_cut_at_ten_places_it_goes_on_from_each(server, content, seed):
     gets = server.gets()
     assert len(gets) == 11 and gets[0].first == 0
     for asked, place in zip(gets[1:], places, strict=True):  # on from what had come, never from the beginning
-        assert place - fetching._CHUNK <= asked.first <= place
+        assert place - transfer._CHUNK <= asked.first <= place
         assert asked.first == 0 or asked.condition == '"1"'
 
 
@@ -230,7 +230,7 @@ def test_another_process_goes_on_where_one_ended(server, content, monkeypatch):
     assert local(wanted) is None
     assert fetch(wanted).read_bytes() == content
     again = server.gets()[1]
-    assert 2_000_000 - fetching._CHUNK <= again.first <= 2_000_000 and again.sent == len(content) - again.first
+    assert 2_000_000 - transfer._CHUNK <= again.first <= 2_000_000 and again.sent == len(content) - again.first
 
 
 def test_a_file_that_changed_meanwhile_is_not_spliced(server, content, monkeypatch):

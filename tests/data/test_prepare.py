@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from vit_jax import fetch
+from vit_jax import fetch, transfer
 from vit_jax.data import prepare, tasks
 from vit_jax.data.sources import open_split
 from vit_jax.errors import DataError
@@ -187,7 +187,7 @@ def refuse(task, archive, data_dir, message):
 
 KILLED = """
 import os, signal, sys
-from vit_jax import fetch
+from vit_jax import fetch, transfer
 from vit_jax.data import prepare, tasks
 import dataclasses
 archive = dataclasses.replace(tasks.TASKS["cifar100"].archive, examples={"train": 120, "test": 40})
@@ -245,7 +245,7 @@ def test_two_at_once_prepare_once(tiny, pack, tmp_path):
 def serve(monkeypatch):
     """A function that starts a web server and returns its address; an answer is (status, content, bytes sent)."""
     monkeypatch.setattr(fetch, "_PAUSES", (0.0,))
-    monkeypatch.setattr(fetch, "_RATE", 0)
+    monkeypatch.setattr(transfer, "_RATE", 0)
     running = []
 
     def start(*answers):

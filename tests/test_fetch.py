@@ -88,11 +88,8 @@ def serve():
 
 
 @pytest.fixture(autouse=True)
-def small_bounds(monkeypatch):
+def no_pauses(monkeypatch):
     monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(transfer, "_TIMEOUT", (2.0, 2.0))
-    monkeypatch.setattr(transfer, "_HEADERS", 0.6)
-    monkeypatch.setattr(transfer, "_WINDOW", 0.6)
 
 
 def head(status="200 OK", *headers: str, length: int | str | None = None) -> bytes:
@@ -109,7 +106,7 @@ def refused(server, tmp_path, words, size=None, most=10**6):
     begin = time.monotonic()
     with pytest.raises(Refused, match=words) as caught:
         download(server.address, tmp_path / "file", size=size, most=most)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20  # a loaded machine is slow; a transfer without a bound would go on for ever
     assert str(caught.value).isprintable() and not isinstance(caught.value, Unreachable)
     assert not (tmp_path / "file").exists()
 
@@ -128,9 +125,10 @@ def test_download_brings_the_bytes_as_they_were_sent(serve, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("pause", [0.01, 0.4])
-def test_a_body_that_drips_ends(serve, tmp_path, pause):
+def test_a_body_that_drips_ends(serve, tmp_path, monkeypatch, pause):
+    monkeypatch.setattr(transfer, "_WINDOW", 0.6)
     server = serve(lambda server, connection, n: _then(head(length=5000), server.endless(b"x", pause)))
-    refused(server, tmp_path, r"too slow: \d+ bytes in 1 s")
+    refused(server, tmp_path, r"too slow: \d+ bytes in \d+ s")
 
 
 def _then(first, rest):
@@ -146,7 +144,8 @@ def _then(first, rest):
         b"HTTP/1.1 302 Found\r\nLocation: /file\r\nX-Header: ",
     ],
 )
-def test_headers_that_drip_end(serve, tmp_path, begin):
+def test_headers_that_drip_end(serve, tmp_path, monkeypatch, begin):
+    monkeypatch.setattr(transfer, "_HEADERS", 0.6)
     piece = begin if b"100" in begin else b"x"
     server = serve(lambda server, connection, n: _then(begin, server.endless(piece, 0.02)))
     refused(server, tmp_path, "no answer within 0.6 s")
@@ -154,7 +153,8 @@ def test_headers_that_drip_end(serve, tmp_path, begin):
         read(server.address, 1000, 0.3)
 
 
-def test_trailers_without_an_end_do_not_hold_the_caller(serve, tmp_path):
+def test_trailers_without_an_end_do_not_hold_the_caller(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "_WINDOW", 0.6)
     trailers = b"0\r\n" + b"X-Trailer: x\r\n"
     server = serve(
         lambda server, connection, n: _then(
@@ -169,7 +169,7 @@ def test_read_has_a_time_for_the_whole(serve, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(Refused, match=r"not whole within 0.3 s"):
         read(server.address, 10**9, 0.3)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 20
 
 
 def test_a_server_that_stops_in_the_middle_is_asked_again(serve, tmp_path, monkeypatch):
@@ -392,4 +392,4 @@ def test_an_interrupt_ends_the_process_at_any_moment(serve, tmp_path, phase):
         begin = time.monotonic()
         said = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and said.splitlines()[-1] == "interrupted" and "Traceback" not in said
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20

@@ -2,9 +2,9 @@
 
     python main.py --config configs/cifar100_scratch.py
 
-Patches of 8 pixels, 16 a picture, so that it learns on a CPU, too; `--config.model.variant=Mini/4` has 3.3 times the
+Patches of 8 pixels, 16 per image, so that it learns on a CPU, too; `--config.model.variant=Mini/4` has 3.3 times the
 parameters and 4 times the patches. 100 epochs; cut to about 10 minutes on 2 CPU cores by `--config.training.steps=6000`, it
-reaches 27.65 % of the 10,000 test pictures (17.49 % after 2,000 of those steps, 25.52 % after 4,000).
+reaches 27.65 % of the 10,000 test images (17.49 % after 2,000 of those steps, 25.52 % after 4,000).
 """
 
 from vit_jax import Config

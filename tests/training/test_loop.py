@@ -277,8 +277,8 @@ def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
 
 def test_dry_run(config):
     text = preview(config)
-    assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test pictures" in text
-    assert "16 pictures of 16×16×3 in 1 slice(s) over 8 × cpu, jit over a mesh" in text
+    assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test images" in text
+    assert "16 images of 16×16×3 in 1 slice(s) over 8 × cpu, jit over a mesh" in text
     assert "MiB a device" in text and "12 steps, about" in text
 
 

@@ -1,0 +1,50 @@
+"""What --dry_run prints, and what it does without."""
+
+import pytest
+
+from vit_jax.training import preview
+from vit_jax.training.preview import duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.25 s"),
+        (42, "42.0 s"),
+        (200, "3 min 20 s"),
+        (5 * 3600 + 12 * 60, "5 h 12 min"),
+        (86_000, "1 day 0 hours"),
+        (8697.5 * 60, "6 days 1 hour"),
+    ],
+)
+def test_duration_is_in_units_people_use(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_dry_run_needs_no_download_of_a_known_architecture(config, monkeypatch, capsys, tmp_path):
+    """An offline machine with an empty cache: the table knows the architecture, here a small one in the place of Ti/16's."""
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    config.model.checkpoint = "Ti/16"
+    monkeypatch.setattr("vit_jax.training.preview.resolve", lambda name: type("Row", (), {"variant": "Nano/8"}))
+    monkeypatch.setattr("vit_jax.training.preview.local", lambda row: None)
+    config.training.eval_every = 1
+    times = iter([0.5, 60.0])
+    monkeypatch.setattr(preview, "_seconds", lambda act: [act(), next(times)][1])
+    text = preview.preview(config).splitlines()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Ti/16 is not on this machine: random weights of the same shapes (Nano/8) are used"
+    assert said[1] == "compiling a training step of 16 images and measuring it" and len(said) == 3
+    assert "4 blocks of 128, 4 heads, 5 tokens" in text[0]
+    assert text[4:] == [
+        "step        0.50 s, 32.0 images/s",
+        "evaluation  4 min 0 s, 12 of them: 48 min 0 s",
+        "run         12 steps, about 48 min 6 s",
+        "warning: evaluation takes longer than training (48 min 0 s and 6.0 s); training.eval_every = 1 can be raised",
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "Ti/61", "~no-such-user/x", "mini_8"])
+def test_other_weights_are_left_to_the_loader(config, name):
+    config.model.checkpoint = name
+    assert preview._without_download(config) is config

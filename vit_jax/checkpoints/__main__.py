@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import cli
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, printable
 
 _log = logging.getLogger("vit_jax")
 
@@ -139,7 +139,7 @@ def _check(source: str, against: str | None, original: str | None, tolerance: fl
         check_sums(path)
     if against is None:
         lacks = f" (a copy without {' and '.join(meta['lacks'])})" if meta.get("lacks") else ""
-        print(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values{lacks}")
+        print(printable(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values{lacks}"))
         return 0
     reference: Any = against
     if against in parity.PEERS:

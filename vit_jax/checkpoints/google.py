@@ -5,16 +5,11 @@ that other versions of the original and of big_vision wrote are brought to the p
 vit_jax/checkpoint.py; big_vision's models/vit.py).
 """
 
-import contextlib
-import dataclasses
 import functools
-import io
 import json
 import math
 import os
 import re
-import threading
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +21,9 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.errors import CheckpointError
+from vit_jax.checkpoints.meta import describes_weights, parse
+from vit_jax.checkpoints.npz import BFLOAT16, Member, Npz
+from vit_jax.errors import CheckpointError, reason
 from vit_jax.files import whole_file
 
 _PREFIXES = ("opt/target/", "params/img/", "params/")
@@ -35,94 +32,19 @@ _PUBLISHED_NAMES = {"LayerNorm_1": "LayerNorm_2", "MultiHeadDotProductAttention_
 _PUBLISHED_NAMES |= {"MlpBlock_0": "MlpBlock_3"}
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 _GROUP_NORM = re.compile(r"(^|/)gn\w+/(scale|bias)$")
-_BFLOAT16 = np.dtype("V2")  # NumPy writes bfloat16 as two bytes without a meaning
-# How an npy file begins → the bytes that give its header's length, and NumPy's parser of both.
-_NUMPY = {
-    b"\x93NUMPY\x01\x00": (2, np.lib.format.read_array_header_1_0),
-    b"\x93NUMPY\x02\x00": (4, np.lib.format.read_array_header_2_0),
-}
-_LONGEST_HEADER = 1024  # bytes; an array of weights needs 118
 _TAKEN = ("config", "preprocessor_config", "environment")  # names of JSON files that speak of something else
-_CHUNK = 2**20  # bytes read at a time
-_READERS = 4  # threads: sums of bytes and copies run beside each other
-_LARGEST_RATIO = 16  # of what a file unpacks to over its size; float32 weights stored in the best of ways stay below 3
+_LARGEST_JSON = 2**24  # bytes; 21,843 class names take 2**20
+_READERS = 4  # threads: checksums and copies run at the same time
 
 
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """An array in a file, as its header describes it; nothing of it has been read."""
-
-    info: zipfile.ZipInfo
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype
-    start: int  # of the values, in bytes from the member's beginning
-
-
-def _header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    """What a member's header says, once that agrees with the member's size."""
-    name = info.filename.removesuffix(".npy")
-    try:
-        with archive.open(info) as member, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the header is Python to NumPy's parser, which may complain of its spelling
-            magic = member.read(8)
-            if magic not in _NUMPY:
-                raise ValueError("it is no NumPy array")
-            digits, parse = _NUMPY[magic]
-            length = member.read(digits)
-            if (claimed := int.from_bytes(length, "little")) > _LONGEST_HEADER:
-                raise ValueError(f"its header claims {claimed} bytes")
-            shape, fortran_order, dtype = parse(io.BytesIO(length + member.read(claimed)))
-            start = member.tell()
-    except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
-        raise _unreadable(path, name, error) from None
-    if dtype.hasobject:
-        raise CheckpointError(f"{path}: {name!r} is a pickled object, which is never loaded")
-    promised, there = math.prod(shape) * dtype.itemsize, info.file_size - start
-    if min(shape, default=0) < 0 or promised != there:
-        raise CheckpointError(
-            f"{path}: {name!r} cannot be read (shape {list(shape)} of {dtype} takes {promised} bytes, there are {there}); "
-            "download the file again"
-        )
-    return _Member(info, shape, fortran_order, dtype, start)
-
-
-def _unreadable(path: Path, name: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return CheckpointError(f"{path}: {name!r} cannot be read ({reason}); download the file again")
-
-
-def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The arrays of an npz by name, after everything that can be told from the list of its members."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected an npz file")
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    size = path.stat().st_size
-    if not size:
-        raise CheckpointError(f"{path} is empty; download it again")
-    with open(path, "rb") as file:  # what the machine refuses is an OSError of its own
-        try:
-            infos = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # a damaged directory makes zipfile raise nearly anything
-            raise CheckpointError(f"{path} is no npz, or is cut short ({error}); download it again") from None
-    if not infos:
-        raise CheckpointError(f"{path} is a zip but no npz of weights: it holds nothing")
-    found: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        name = info.filename.removesuffix(".npy")
-        if name == info.filename:
-            raise CheckpointError(f"{path} is a zip but no npz of weights: it holds {name!r}")
+def _open(path: Path) -> Npz:
+    """An npz of weights, whose arrays have names that can be paths in a tree."""
+    file = Npz(path)
+    for name in file.infos:
         if not all(re.fullmatch(r"[\w.+-]+", part) and part.strip(".") for part in name.split("/")):
-            raise CheckpointError(f"{path} holds {info.filename!r}, which is no name of an array")
-        if name in found:
-            raise CheckpointError(f"{path} holds {info.filename!r} twice")
-        found[name] = info
-    # Members that share bytes, or swell: no weights do, and what they would fill is not allocated.
-    unpacked = sum(info.file_size for info in infos)
-    if sum(info.compress_size for info in infos) > size or unpacked > _LARGEST_RATIO * size:
-        raise CheckpointError(f"{path} holds {size} bytes and would unpack to {unpacked}, which no file of weights does")
-    return found
+            file.close()
+            raise CheckpointError(f"{path} holds {name[:100] + '.npy'!r}, which is no name of an array")
+    return file
 
 
 def _form(names: Iterable[str]) -> str:
@@ -140,62 +62,25 @@ def _form(names: Iterable[str]) -> str:
 def form(path: str | os.PathLike) -> str:
     """How a file spells its names: a prefix ("", "opt/target/", "params/", "params/img/") and "published", "linen" or
     "scan-stacked"."""
-    return _form(_members(Path(path)))
+    with _open(Path(path)) as file:
+        return _form(file.infos)
 
 
-class _Handles:
-    """A `zipfile.ZipFile` for each thread that reads: on Python 3.12 and 3.13, one that threads share gives wrong bytes."""
-
-    def __init__(self, path: Path):
-        self._path, self._of_thread, self._closing = path, threading.local(), contextlib.ExitStack()
-
-    def archive(self) -> zipfile.ZipFile:
-        """The calling thread's handle."""
-        if not hasattr(self._of_thread, "archive"):
-            self._of_thread.archive = self._closing.enter_context(zipfile.ZipFile(self._path))
-        return self._of_thread.archive
-
-    def __enter__(self) -> "_Handles":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._closing.close()
-
-
-def _values(path: Path, handles: _Handles, member: _Member) -> np.ndarray:
-    """A member as a float32 array of finite values. Reads to the member's end, which is where its CRC is checked."""
-    name = member.info.filename.removesuffix(".npy")
-    if member.dtype != _BFLOAT16 and member.dtype.kind != "f":
-        raise CheckpointError(f"{path}: {name!r} has type {member.dtype}, expected floating point numbers")
-    # Where it begins at a multiple of 64 bytes, JAX takes an array over on a CPU instead of copying it.
-    size = math.prod(member.shape) * member.dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    raw = raw[begin : begin + size]
-    try:
-        with handles.archive().open(member.info) as file:
-            file.read(member.start)
-            for at in range(0, size, _CHUNK):
-                wanted = min(_CHUNK, size - at)
-                part = file.read(wanted)
-                if len(part) != wanted:  # NumPy would repeat a single byte over all of the chunk
-                    raise ValueError(f"it ends after {at + len(part)} of {size} bytes")
-                raw[at : at + wanted] = np.frombuffer(part, np.uint8)
-            file.read(1)
-    except Exception as error:
-        raise _unreadable(path, name, error) from None
-    stored = raw.view(ml_dtypes.bfloat16 if member.dtype == _BFLOAT16 else member.dtype)
+def _values(file: Npz, member: Member) -> np.ndarray:
+    """A member as a float32 array of finite values."""
+    if member.dtype != BFLOAT16 and member.dtype.kind != "f":
+        raise CheckpointError(f"{file.path}: {member.name!r} has type {member.dtype}, expected floating point numbers")
     with np.errstate(over="ignore"):
-        array = stored.astype(np.float32, copy=False).reshape(member.shape, order="F" if member.fortran_order else "C")
+        array = file.values(member).astype(np.float32, copy=False)
     # Least and largest carry a NaN along and make no temporary array as isfinite would.
     if array.size and not np.isfinite([array.min(), array.max()]).all():
-        raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
+        raise CheckpointError(f"{file.path}: {member.name!r} holds values that are not finite")
     return array
 
 
-def _outline(path: Path, handles: _Handles, member: _Member) -> np.ndarray:
+def _outline(file: Npz, member: Member) -> np.ndarray:
     """An array of a member's shape and type without its values, and without memory for them."""
-    return np.broadcast_to(np.zeros((), ml_dtypes.bfloat16 if member.dtype == _BFLOAT16 else member.dtype), member.shape)
+    return np.broadcast_to(np.zeros((), ml_dtypes.bfloat16 if member.dtype == BFLOAT16 else member.dtype), member.shape)
 
 
 def _unstacked(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -218,23 +103,23 @@ def _with_class_row(positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
 
 
-def _read(path: Path, skip: tuple[str, ...], take: Callable[[Path, _Handles, _Member], np.ndarray]) -> dict[str, Any]:
+def _read(path: Path, skip: tuple[str, ...], take: Callable[[Npz, Member], np.ndarray]) -> dict[str, Any]:
     """The tree of a file under the published names, of what `take` makes of each member; several are taken at a time."""
-    members = _members(path)
-    spelling = _form(members)
-    prefix = next((p for p in _PREFIXES if spelling.startswith(p)), "")
-    wanted = {name.removeprefix(prefix): info for name, info in members.items() if name.startswith(prefix)}
-    wanted = {name: info for name, info in wanted.items() if name.split("/")[0] not in skip}
     flat: dict[str, np.ndarray] = {}
-    with _Handles(path) as handles, ThreadPoolExecutor(_READERS) as pool:
-        headers = [_header(path, handles.archive(), info) for info in wanted.values()]
-        for short, whole in zip(wanted, pool.map(functools.partial(take, path, handles), headers), strict=True):
+    with _open(path) as file, ThreadPoolExecutor(_READERS) as pool:
+        spelling = _form(file.infos)
+        prefix = next((p for p in _PREFIXES if spelling.startswith(p)), "")
+        wanted = [name for name in file.infos if name.startswith(prefix)]
+        wanted = [name for name in wanted if name.removeprefix(prefix).split("/")[0] not in skip]
+        headers = [file.header(name) for name in wanted]
+        for stored, whole in zip(wanted, pool.map(functools.partial(take, file), headers), strict=True):
+            short = stored.removeprefix(prefix)
             for name, array in _unstacked(short, whole):
                 name = name if spelling.endswith("published") else _published(name)
                 if _GROUP_NORM.search(name) and array.shape[:-1] == (1, 1, 1):
                     array = array.reshape(-1)
                 if name in ("pos_embedding", "Transformer/pos_embedding"):  # big_vision's, now and before 2022
-                    name, array = _POSITIONS, _with_class_row(array) if f"{prefix}cls" in members else array
+                    name, array = _POSITIONS, _with_class_row(array) if f"{prefix}cls" in file.infos else array
                 if name in flat:
                     raise CheckpointError(f"{path}: two arrays stand for {name!r}")
                 flat[name] = array
@@ -271,7 +156,7 @@ def save_npz(
 
     `dtype` is float32 as published, which the original, timm and `load` read, or bfloat16 for half the size, which `load`
     reads. Each file is put in place whole by a rename: whatever was there before stays until then. ValueError for a name that
-    does not end in .npz, CheckpointError for one whose JSON would be another's, such as config.npz; OSError names the file.
+    does not end in .npz, CheckpointError if a JSON that describes no weights would be replaced; OSError names the file.
     """
     path = Path(path)
     if path.suffix != ".npz":
@@ -279,11 +164,13 @@ def save_npz(
     if path.stem in _TAKEN:
         raise CheckpointError(f"{path} would have its JSON in {path.stem}.json, which is something else; take another name")
     text = None if meta is None else json.dumps(dict(meta), indent=2) + "\n"  # what fails here fails before anything is written
+    beside, replaces = path.with_suffix(".json"), path.exists()
+    if text is not None or replaces:
+        _check_replaceable(path, beside, meta or {})
     flat = {}
     for name, leaf in flatten_dict(dict(params), sep="/").items():
         array = np.asarray(leaf).astype(dtype)
         flat[name] = array.reshape(1, 1, 1, -1) if _GROUP_NORM.search(name) else array
-    beside, replaces = path.with_suffix(".json"), path.exists()
     with whole_file(path) as file:
         np.savez(file, **flat)  # type: ignore[arg-type]
     if text is not None:
@@ -293,18 +180,32 @@ def save_npz(
         beside.unlink(missing_ok=True)  # it speaks of the weights that were here before
 
 
+def _check_replaceable(path: Path, beside: Path, meta: Mapping[str, Any]) -> None:
+    """CheckpointError if a file is at `beside` that does not describe weights."""
+    if not beside.is_file():
+        return
+    with open(beside, "rb") as file:
+        text = file.read(_LARGEST_JSON).decode(errors="replace")
+    if not describes_weights(text, meta):
+        raise CheckpointError(
+            f"{path} would have its JSON in {beside.name}, which is there already and describes no weights; take another name"
+        )
+
+
 def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The JSON beside an npz, or None where there is none: normalisation, image size, class names, task, source."""
+    """The JSON next to an npz, or None if there is none: normalisation, image size, class names, task, source.
+
+    Raises:
+      CheckpointError: if it holds anything else than such an object.
+    """
     beside = Path(path).with_suffix(".json")
     if not beside.is_file():
         return None
-    try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{beside} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{beside} should hold an object, which describes the weights, holds {str(found)[:40]!r}")
-    return found
+    with open(beside, "rb") as file:
+        content = file.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise CheckpointError(f"{beside} has more than {_LARGEST_JSON} bytes, which no description of weights has")
+    return parse(content, beside)
 
 
 def check_sums(path: Path) -> None:
@@ -313,6 +214,6 @@ def check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zip and zlib each raise their own
-        raise CheckpointError(f"{path} is damaged ({error})") from None
+        raise CheckpointError(f"{path} is damaged ({reason(error)})") from None
     if damaged:
         raise CheckpointError(f"{path}: {damaged!r} is damaged (its checksum is another)")

@@ -10,6 +10,7 @@ from vit_jax.checkpoints.google import form
 from vit_jax.checkpoints.load import meta_of, outline
 from vit_jax.checkpoints.meta import grid_of
 from vit_jax.checkpoints.torch_files import stored_types
+from vit_jax.errors import printable
 from vit_jax.files import sha256
 from vit_jax.models.variants import name_of, patches
 from vit_jax.models.vit import VisionTransformer
@@ -45,20 +46,15 @@ def inspect(path: Path) -> str:
         "head": f"{model.num_classes:,} classes" if model.num_classes else "none",
         "pre_logits": str(model.representation_size or "none"),
         "sha256": digest + (f", published as {known[0]}" if known else ""),
-        "beside it": ", ".join(f"{key} {_short(value)}" for key, value in meta.items())
+        "beside it": ", ".join(f"{printable(key, 60)} {printable(value, 60)}" for key, value in meta.items())
         or "no JSON: Google's scaling is assumed",
         "odd": "; ".join(odd) or "nothing",
     }
-    return "\n".join(f"{key:12}{value}" for key, value in lines.items())
+    return "\n".join(f"{key:12}{printable(value, 4000)}" for key, value in lines.items())
 
 
 def _form(path: Path) -> str:
     return "safetensors" if path.suffix == ".safetensors" else form(path)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _odd(

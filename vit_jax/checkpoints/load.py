@@ -17,7 +17,7 @@ from vit_jax.checkpoints.export import read_about
 from vit_jax.checkpoints.google import read_meta, read_npz, read_shapes
 from vit_jax.checkpoints.meta import grid_of
 from vit_jax.checkpoints.torch_files import read_config, read_safetensors
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, reason
 from vit_jax.models.variants import from_tree, shapes
 from vit_jax.models.vit import VisionTransformer
 
@@ -86,8 +86,7 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        refused, reason = getattr(error, "filename", None) or source, getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{refused} cannot be read ({reason})") from None
+        raise CheckpointError(f"{getattr(error, 'filename', None) or source} cannot be read ({reason(error)})") from None
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.export import save_onnx, save_stablehlo
+from vit_jax.checkpoints.export import read_about, save_onnx, save_stablehlo
 from vit_jax.checkpoints.google import read_npz
 from vit_jax.checkpoints.load import load
 from vit_jax.data.sources import open_split
@@ -221,3 +221,22 @@ def test_more_than_onnx_can_hold_is_refused_at_once(tmp_path):
     params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes(model))  # takes no memory
     with pytest.raises(CheckpointError, match="x.onnx would take 2.4 GiB, and an ONNX file holds 2: bfloat16 takes half"):
         save_onnx(tmp_path / "x.onnx", model, params)
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        (None, "it has no 'about'"),
+        (np.array([{"image_size": 32}], object), "'about' is a pickled object, which is never loaded"),
+        (np.frombuffer(100_000 * b"[", np.uint8), "'about' is (not JSON|nested)"),
+        (np.frombuffer(b"[1]", np.uint8), "'about' should hold an object"),
+        (np.frombuffer(b'{"lacks": 1}', np.uint8), "'about': lacks should be a list of names"),
+    ],
+)
+def test_damaged_description_in_a_stablehlo_file_is_one_error_line(about, expected, tmp_path):
+    path = tmp_path / "x.stablehlo"
+    with open(path, "wb") as file:
+        np.savez(file, module=np.zeros(3, np.uint8), **({} if about is None else {"about": about}))
+    with pytest.raises(CheckpointError, match=f"x.stablehlo.*{expected}") as error:
+        read_about(path)
+    assert "\n" not in str(error.value) and "allow_pickle" not in str(error.value) and len(str(error.value)) < 400

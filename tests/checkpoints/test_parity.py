@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from vit_jax import peers
+from vit_jax.checkpoints import parity
 from vit_jax.checkpoints.parity import compare, peer_stages, read_io
 from vit_jax.errors import CheckpointError
 from vit_jax.models.variants import build
@@ -78,6 +80,41 @@ def test_what_is_no_io_npz_is_refused_and_never_unpickled(kind, tmp_path):
     with pytest.raises(CheckpointError, match=said) as error:
         read_io(path)
     assert "io.npz" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+    assert "allow_pickle" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8", "<f2", np.longdouble])
+def test_io_npz_of_any_floating_type_and_byte_order_is_read(dtype, tmp_path):
+    draw = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float16)
+    np.savez(tmp_path / "io.npz", images=draw.astype(dtype), logits=draw.astype(dtype))
+    found = read_io(tmp_path / "io.npz")
+    assert found["images"].dtype == np.float32 and found["images"].dtype.isnative and found["logits"].dtype.isnative
+    assert np.array_equal(found["images"], draw) and np.array_equal(found["logits"], draw)
+    assert jax.jit(lambda images: images + 0)(found["images"]).shape == draw.shape
+    assert compare({"logits": draw}, tmp_path / "io.npz") == [("logits", 0)]
+
+
+def test_images_beyond_float32_are_refused_and_such_stages_never_agree(tmp_path):
+    huge = np.full(IMAGES.shape, np.finfo(np.longdouble).max / 2)
+    np.savez(tmp_path / "io.npz", images=huge)
+    with pytest.raises(CheckpointError, match="io.npz: `images` holds values that are not finite"):
+        read_io(tmp_path / "io.npz")
+    np.savez(tmp_path / "io.npz", images=IMAGES, logits=huge)
+    assert compare({"logits": IMAGES}, tmp_path / "io.npz") == [("logits", np.inf)]
+
+
+def test_size_of_an_io_npz_is_bounded_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_LARGEST_IO", 10_000)
+    np.savez_compressed(tmp_path / "io.npz", images=IMAGES, logits=np.zeros(10_000, np.float32))
+    with pytest.raises(CheckpointError, match="io.npz holds .* bytes and would unpack to 40"):
+        read_io(tmp_path / "io.npz")
+
+
+def test_names_in_an_io_npz_are_printed_without_control_characters(tmp_path):
+    np.savez(tmp_path / "io.npz", images=IMAGES, **{"\x1b[2J": np.zeros(3)})
+    with pytest.raises(CheckpointError, match="the reference has images, .*x1b") as error:
+        compare({"logits": np.zeros(3)}, tmp_path / "io.npz")
+    assert "\x1b" not in str(error.value)
 
 
 @pytest.mark.parametrize("peer", ["timm", "huggingface"])

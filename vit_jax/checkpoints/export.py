@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.meta import class_names, image_size, statistics
-from vit_jax.errors import CheckpointError
+from vit_jax.checkpoints.meta import class_names, image_size, parse, statistics
+from vit_jax.checkpoints.npz import Npz
+from vit_jax.errors import CheckpointError, reason
 from vit_jax.files import whole_file
 from vit_jax.models.variants import patches
 from vit_jax.models.vit import VisionTransformer
@@ -124,12 +125,11 @@ def save_stablehlo(
 
 def read_about(path: Path) -> dict[str, Any]:
     """What a StableHLO file says of its weights, in the terms of the JSON beside an npz; CheckpointError where it cannot."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
-        return {name: value for name, value in about.items() if name not in _ABOUT_THE_PROGRAM}
-    except Exception as error:  # zip, NumPy, JSON and what is no object each raise their own
-        raise CheckpointError(f"{path} is no StableHLO file of ours, or is damaged ({error})") from None
+    with Npz(path, "a program", "write it again") as file:
+        if "about" not in file.infos:
+            raise CheckpointError(f"{path} is no StableHLO file of ours: it has no 'about'")
+        about = parse(file.values(file.header("about")).tobytes(), f"{path}: 'about'")
+    return {name: value for name, value in about.items() if name not in _ABOUT_THE_PROGRAM}
 
 
 @contextlib.contextmanager
@@ -147,8 +147,9 @@ def _converting(path: Path) -> Iterator[None]:
             "or from a clone pip install .[export]"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is not written, for jax2onnx has failed: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(
+            f"{path} is not written, because jax2onnx failed: {type(error).__name__}: {reason(error)}"
+        ) from error
     finally:
         logging.disable(disabled)
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from vit_jax import peers
 from vit_jax.checkpoints.google import form, save_npz
+from vit_jax.checkpoints.npz import Npz
 from vit_jax.checkpoints.torch_models import save_huggingface, save_timm
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, printable, reason
 from vit_jax.models.vit import VisionTransformer
 
+_LARGEST_IO = 2**31  # bytes; the stages of L/16 for eight images of 384 px take a quarter of it
 PEERS = ("timm", "huggingface", "original")
 # On the CPU, beside a process that may hold the GPU; a traceback without notes below the error; the original promotes ranks.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -26,26 +28,31 @@ _ENVIRONMENT |= {"JAX_TRACEBACK_FILTERING": "off", "JAX_NUMPY_RANK_PROMOTION": "
 
 
 def read_io(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The numeric arrays of an IO.npz: `images` [B, H, W, 3] and stages.
+    """The floating point arrays of an IO.npz in the machine's byte order: `images` float32 [B, H, W, 3], and stages.
 
-    Nothing is ever unpickled. CheckpointError for what is no such file.
+    Nothing is ever unpickled, and no more than 2 GiB are read.
+
+    Raises:
+      CheckpointError: if it is no such file.
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}, and no peer of that name: {', '.join(PEERS)}")
     try:
-        with open(path, "rb") as stream:  # NumPy leaves a file open that it opened and could not read
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}, and no peer of that name: {', '.join(PEERS)}") from None
-    except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as an IO.npz ({reason})") from None
+        with Npz(path, "stages", "write it again", largest=_LARGEST_IO) as file:
+            members = [file.header(name) for name in file.infos]
+            arrays = {member.name: file.values(member) for member in members if member.dtype.kind == "f" and member.shape}
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as an IO.npz: {reason(error, 400).removeprefix(f'{path}: ')}") from None
     images = arrays.get("images")
-    if images is None or images.dtype.kind != "f" or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+    if images is None or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise CheckpointError(f"{path} should hold `images` as a model gets them, float32 [B, H, W, 3]")
-    return {name: array for name, array in arrays.items() if array.dtype.kind == "f" and array.ndim}
+    arrays = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):
+        arrays["images"] = arrays["images"].astype(np.float32, copy=False)
+    if not np.isfinite([arrays["images"].min(), arrays["images"].max()]).all():
+        raise CheckpointError(f"{path}: `images` holds values that are not finite")
+    return arrays
 
 
 def _order(stage: str) -> tuple[int, int]:
@@ -66,17 +73,17 @@ def compare(stages: Mapping[str, Any], reference: Mapping[str, Any] | str | os.P
     theirs = read_io(reference) if isinstance(reference, str | os.PathLike) else reference
     result = []
     for name in sorted(stages.keys() & theirs.keys(), key=_order):
-        a, b = np.asarray(stages[name], np.float64), np.asarray(theirs[name], np.float64)
+        with np.errstate(over="ignore"):  # of a long double: infinite, which never agrees
+            a, b = np.asarray(stages[name], np.float64), np.asarray(theirs[name], np.float64)
         if a.shape != b.shape:
             raise CheckpointError(f"{where}{name} has shape {list(b.shape)}, ours has {list(a.shape)}")
         with np.errstate(invalid="ignore"):
             apart, largest = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
-        difference = float(apart / largest) if largest > 0 else 0.0 if apart == 0 else np.inf
+        difference = float(apart) / float(largest) if largest > 0 else 0.0 if apart == 0 else np.inf
         result.append((name, difference if np.isfinite(difference) else np.inf))
     if not result:
-        raise CheckpointError(
-            f"{where}no stage in common: ours are {', '.join(stages)}, the reference has {', '.join(theirs) or 'none'}"
-        )
+        names = printable(", ".join(theirs), 400) or "none"
+        raise CheckpointError(f"{where}no stage in common: ours are {', '.join(stages)}, the reference has {names}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,30 @@ def test_a_checkpoint_that_is_not_there(folder, capsys):
     assert main(["--checkpoint", str(folder), str(folder)]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: there is no file ") and "is a folder without weights" in second
+
+
+def test_answers_survive_a_standard_error_that_is_full(run, folder):
+    command = [sys.executable, "-m", "vit_jax.predict", "--checkpoint", str(run), "--json", str(folder)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 3
+
+
+def test_probabilities_that_are_not_finite_are_an_error(run, folder, tmp_path, capsys):
+    flat = {name: leaf * np.float32(1e38) for name, leaf in np.load(run / "final.npz").items()}
+    np.savez(tmp_path / "x.npz", **flat)
+    shutil.copy(run / "final.json", tmp_path / "x.json")
+    assert main(["--checkpoint", str(tmp_path / "x.npz"), "--json", str(folder / "a.png")]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and "probabilities that are not finite" in error
+
+
+def test_names_are_printed_without_control_characters(run, folder, capsys):
+    name = folder / "a\x1b[31m\u202e.png"
+    shutil.copy(folder / "a.png", name)
+    assert main(["--checkpoint", str(run), str(name), str(folder / "\x07none.png")]) == 1
+    out, error = capsys.readouterr()
+    assert "\\x1b[31m\\u202e.png" in out and "\\x07none.png" in error and not {"\x1b", "\u202e", "\x07"} & {*out, *error}
 
 
 def test_a_folder_without_pictures(run, tmp_path, capsys):

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -280,7 +281,34 @@ def test_a_pipe_is_not_waited_at(tmp_path):
         read(tmp_path / "x.png", (8, 8), str(tmp_path / "x.png"))
 
 
-def test_32_bits_of_small_values_have_no_known_range(tmp_path):
-    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(ImageError, match="32 bits, whose range nothing says"):
-        read(tmp_path / "x.tif", (8, 8), "x.tif")
+@pytest.mark.parametrize(("dtype", "name"), [(np.int32, "x.tif"), (np.uint16, "x.png"), (np.uint16, "x.tif")])
+def test_many_bits_of_small_values_have_no_known_range(tmp_path, dtype, name):
+    """By their higher bytes alone they would all be black."""
+    Image.fromarray(np.full((8, 8), 200, dtype)).save(tmp_path / name)
+    with pytest.raises(ImageError, match=f"^{name} has more than 8 bits a pixel and no value above 255"):
+        read(tmp_path / name, (8, 8), name)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif"])
+def test_formats_that_fill_memory_when_opened_are_opened_one_at_a_time(tmp_path, monkeypatch, suffix):
+    """Eight large WebP files at once took 3.4 GiB: Pillow has memory for all pixels before their number is known."""
+    Image.init()
+    if suffix.upper() not in Image.OPEN:
+        pytest.skip(f"this Pillow reads no {suffix}")
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (64, 64)).save(path)
+    original, opened, most = Image.open, [], []
+
+    def watching(*args, **kwargs):
+        opened.append(1)
+        most.append(len(opened))
+        time.sleep(0.02)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            opened.pop()
+
+    monkeypatch.setattr(Image, "open", watching)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda source: read(source, (8, 8), "x"), 2 * [path, path.read_bytes()]))
+    assert len(most) == 4 and max(most) == 1

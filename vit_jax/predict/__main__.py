@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import json
-import logging
-import os
-import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vit_jax import cli
+from vit_jax.errors import ImageError, printable
 
 if TYPE_CHECKING:  # what takes its time is imported where Ctrl-C is waited for
     from vit_jax.predict.classifier import Classifier, Result
@@ -28,15 +27,11 @@ Pictures that cannot be used are named on standard error, the others are finishe
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classifies pictures; returns the exit status: 0, 1 where something could not be used, 130 where somebody interrupted.
+    """Classifies images; returns the exit status: 0, or 1 if something could not be used.
 
     SystemExit of 2 for a wrong command line.
     """
-    try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return cli.call(lambda: _run(argv), advice="lower --batch_size")
 
 
 def _run(argv: list[str] | None) -> int:
@@ -73,30 +68,9 @@ def _run(argv: list[str] | None) -> int:
     if args.attention and len(named) > _MOST_DRAWN:
         parser.error(f"--attention draws {_MOST_DRAWN} pictures at most, these are {len(named):,}")
     if sys.stdout is None:
-        print("error: standard output is closed, and the answers go there", file=sys.stderr)
-        return 1
-    from jax.errors import JaxRuntimeError
-
-    from vit_jax.errors import CheckpointError, ImageError
-
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of a bad picture one sentence is said
-    try:
-        return _predict(args, named)
-    except (CheckpointError, ImageError) as error:  # the latter of a picture that was there, and is drawn
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever reads the answers has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # the machine's: no permission, a full disk
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: the device has too little memory for this: lower --batch_size", file=sys.stderr)
-        return 1
+        return cli.fail("standard output is closed, and the answers go there")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of a bad image one line is printed
+    return _predict(args, named)
 
 
 def _positive(text: str) -> int:
@@ -124,7 +98,6 @@ def _named(argument: str) -> list[tuple[str, Source]]:
 
 
 def _standard_input() -> bytes:
-    from vit_jax.errors import ImageError
     from vit_jax.predict.pictures import MOST_BYTES
 
     if sys.stdin is None:
@@ -135,12 +108,9 @@ def _standard_input() -> bytes:
 def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
     from tqdm import tqdm
 
-    from vit_jax.errors import ImageError
     from vit_jax.predict.classifier import Classifier
     from vit_jax.training.process import prepare
 
-    if signal.getsignal(signal.SIGINT) is _end:  # from here on there is something to tidy up
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
     classify = Classifier(args.checkpoint, args.batch_size)
     if args.attention:
@@ -153,7 +123,7 @@ def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
         for (name, source), (_, found) in zip(named, classify.stream(named, args.top), strict=True):
             if isinstance(found, ImageError):
                 failed += 1
-                bar.write(f"error: {found}", file=sys.stderr)
+                bar.write(f"error: {printable(found, 4000)}", file=sys.stderr)
             else:
                 bar.write(_line(name, found) if args.json else _block(name, found), file=sys.stdout)
                 sys.stdout.flush()
@@ -167,12 +137,11 @@ def _predict(args: argparse.Namespace, named: list[tuple[str, Source]]) -> int:
 
 def _line(name: str, found: Result) -> str:
     predictions = [{"name": label, "probability": probability} for label, probability in found]
-    return json.dumps({"picture": name, "predictions": predictions})
+    return json.dumps({"picture": name, "predictions": predictions}, allow_nan=False)
 
 
 def _block(name: str, found: Result) -> str:
-    name = name.encode(errors="backslashreplace").decode()  # a file's name need not be text
-    return "\n".join([name, *(f"{probability:8.2%}  {label}" for label, probability in found)])
+    return "\n".join([printable(name), *(f"{probability:8.2%}  {printable(label)}" for label, probability in found)])
 
 
 def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Result]]) -> None:
@@ -196,20 +165,5 @@ def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Resul
     print(f"attention: {path}", file=sys.stderr)
 
 
-def _end(*_: Any) -> None:
-    """Answers Ctrl-C while libraries are imported: some lose a KeyboardInterrupt, or abort where it reaches their C++."""
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-    if sys.stderr is None:  # else what is said there would go among the answers
-        sys.stderr = io.StringIO()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone
-    status = main()
-    if status == 130:
-        os._exit(status)  # without waiting for threads that wait for a server
-    sys.exit(status)
+    cli.run(main)

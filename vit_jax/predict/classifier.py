@@ -89,7 +89,9 @@ class Classifier:
     def probabilities(self, pictures: Any) -> np.ndarray:
         """The probabilities of all classes, float32 [B, classes], which sum to 1."""
         found = [_or_raise(row) for _, row in self._stream(_named(pictures), lambda x: self._probabilities(self.params, x))]
-        return np.array(found, np.float32).reshape(-1, self.model.num_classes)
+        result = np.array(found, np.float32).reshape(-1, self.model.num_classes)
+        _check_finite(result)
+        return result
 
     def attention(self, pictures: Any) -> np.ndarray:
         """How much of each patch reaches the class token, float32 [B, height, width] in patches, largest value 1.
@@ -121,6 +123,7 @@ class Classifier:
 
         for name, found in self._stream(pictures, best):
             if not isinstance(found, ImageError):
+                _check_finite(found[0])
                 found = [(self.class_names[at], float(value)) for value, at in zip(*found, strict=True)]
             yield name, found
 
@@ -197,6 +200,11 @@ def _each(pictures: Any) -> Iterator[Source]:
         yield from array if array.ndim == 4 else [array]
     else:
         raise ImageError(f"a picture is a path, a PIL picture or a uint8 array, got {type(pictures).__name__}")
+
+
+def _check_finite(probabilities: np.ndarray) -> None:
+    if not np.isfinite(probabilities).all():
+        raise CheckpointError("the model gives probabilities that are not finite numbers: its weights or its scaling are wrong")
 
 
 def _or_raise(found: Any) -> Any:

@@ -29,7 +29,7 @@ MOST_BYTES = 100 * 2**20  # that are taken from an address
 _TIMEOUT = (10.0, 30.0)  # seconds until a server has to answer, and then without a byte from it
 _PATIENCE = 300.0  # seconds for the whole of a picture
 _LARGE = 2**24  # pixels from which on pictures are decoded one at a time, so that threads do not multiply their memory
-_one_large = threading.Lock()
+_one_large = threading.RLock()
 _one_given = threading.Lock()  # the same picture may be given twice, and Pillow's loading is no work for two threads
 
 
@@ -156,13 +156,27 @@ def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
         raise ImageError(f"{name} is empty")
     Image.init()
     known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known) as image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with (
+        _one_large if _fills_memory_when_opened(source) else contextlib.nullcontext(),
+        Image.open(file, formats=known) as image,
+    ):
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise _too_large(name)
         # A JPEG is decoded at a half, a quarter or an eighth, which is quicker and needs less memory; never below 2 · size.
         image.draft(None, (2 * max(size), 2 * max(size)))
         with _one_large if image.width * image.height > _LARGE else contextlib.nullcontext():
             return _upright(image, size, name)
+
+
+def _fills_memory_when_opened(source: Any) -> bool:
+    """Whether Pillow has memory for all pixels of a file as soon as it opens it, as it does of WebP and AVIF."""
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(12)
+    return head[8:] == b"WEBP" or head[4:8] == b"ftyp"
 
 
 def _of_array(array: np.ndarray, name: str) -> Image.Image:
@@ -205,9 +219,12 @@ def _turned(image: Image.Image) -> Image.Image:
 def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
     """The higher bytes of a grey picture of 16 bits, which Pillow may hold in 32."""
     pixels = np.asarray(image)
-    # 32 bits of small values may be a picture of 8 bits or a dark one of 16.
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or (image.mode == "I" and 0 < pixels.max() < 2**8):
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
         raise ImageError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
+    if 0 < pixels.max() < 2**8:  # an image of 8 bits or a dark one of 16, which would come out black
+        raise ImageError(
+            f"{name} has more than 8 bits a pixel and no value above 255, so its range is unknown: save it with 8 bits"
+        )
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 

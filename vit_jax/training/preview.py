@@ -16,7 +16,7 @@ from vit_jax.errors import CheckpointError
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
 
-_LONG = 2.0  # seconds after which a single measurement is exact enough
+_LONG = 20.0  # seconds of a first call, with what is set up only once, after which a single measurement is exact enough
 
 
 def duration(seconds: float) -> str:

@@ -257,14 +257,14 @@ def test_a_server_that_drips_is_not_waited_for(server, monkeypatch, path):
     """Each byte comes soon after the one before, and there is no end of them."""
     monkeypatch.setattr(pictures, "_PATIENCE", 0.5)
     begun = time.monotonic()
-    with pytest.raises(ImageError, match=f"{server}{path} did not end within"):
+    with pytest.raises(ImageError, match=f"{server}{path} cannot be fetched .(not whole|no answer) within 0.5 s"):
         fetch(server + path)
     assert time.monotonic() - begun < 5
 
 
 def test_addresses_have_bounds(server, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_BYTES", 10)
-    with pytest.raises(ImageError, match="did not end within 0 MiB and 300 seconds: download it"):
+    with pytest.raises(ImageError, match=r"red.png cannot be fetched \([\d,]+ bytes, at most 10 are read\)"):
         fetch(f"{server}/red.png")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

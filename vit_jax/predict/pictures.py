@@ -9,9 +9,7 @@ import contextlib
 import io
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vit_jax.errors import ImageError
+from vit_jax.fetch import Refused
+from vit_jax.fetch import read as download
 
 # A path or an http(s) address; a file's bytes, or what returns them; a picture; uint8 pixels.
 Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndarray
@@ -26,7 +26,6 @@ Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndar
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has EPS run another program
 MOST_BYTES = 100 * 2**20  # that are taken from an address
-_TIMEOUT = (10.0, 30.0)  # seconds until a server has to answer, and then without a byte from it
 _PATIENCE = 300.0  # seconds for the whole of a picture
 _LARGE = 2**24  # pixels from which on pictures are decoded one at a time, so that threads do not multiply their memory
 _one_large = threading.RLock()
@@ -106,40 +105,13 @@ def picture(source: Source, size: tuple[int, int], name: str) -> Image.Image:
 
 def fetch(address: str) -> bytes:
     """What an http(s) address answers with; ImageError where it is a page or too large, and where nothing comes."""
-    answer: Future[bytes] = Future()
-
-    def receiving() -> None:
-        try:
-            answer.set_result(_receive(address))
-        except BaseException as error:
-            answer.set_exception(error)
-
-    # Apart, for whoever reads what drips in, in headers or from a socket, comes back when it is whole and not when time is up.
-    threading.Thread(target=receiving, name="fetching", daemon=True).start()
     try:
-        return answer.result(_PATIENCE)
-    except TimeoutError:
-        raise _without_end(address) from None
-
-
-def _receive(address: str) -> bytes:
-    import requests
-
-    end, data = time.monotonic() + _PATIENCE, bytearray()
-    try:
-        with requests.get(address, headers={"User-Agent": "vit_jax"}, stream=True, timeout=_TIMEOUT) as answer:
-            if answer.status_code != 200:
-                raise ImageError(f"{address} cannot be fetched ({answer.status_code} {answer.reason})")
-            kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            if kind in ("text/html", "application/xhtml+xml"):
-                raise ImageError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
-            for chunk in answer.iter_content(2**12):  # small, so that a thread nobody waits for any more soon ends
-                data += chunk
-                if len(data) > MOST_BYTES or time.monotonic() > end:
-                    raise _without_end(address)
-    except requests.RequestException as error:
-        raise ImageError(f"{address} cannot be fetched ({_reason(error)})") from None
-    return bytes(data)
+        content, kind = download(address, MOST_BYTES, _PATIENCE)
+    except Refused as error:
+        raise ImageError(f"{address} cannot be fetched ({error})") from None
+    if kind in ("text/html", "application/xhtml+xml"):
+        raise ImageError(f"{address} is a page ({kind}), not a picture: give the address of the picture on it")
+    return content
 
 
 def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
@@ -226,11 +198,6 @@ def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
             f"{name} has more than 8 bits a pixel and no value above 255, so its range is unknown: save it with 8 bits"
         )
     return Image.fromarray((pixels >> 8).astype(np.uint8))
-
-
-def _without_end(address: str) -> ImageError:
-    most = f"{MOST_BYTES // 2**20} MiB and {_PATIENCE:.0f} seconds"
-    return ImageError(f"{address} did not end within {most}: download it, and name the file")
 
 
 def _too_large(name: str) -> ImageError:

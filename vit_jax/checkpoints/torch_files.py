@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.checkpoints.meta import statistics
+from vit_jax.checkpoints.torch_configs import check_config, heads_of
 from vit_jax.checkpoints.torch_names import from_torch, quoted, tops
 from vit_jax.errors import CheckpointError
 from vit_jax.files import whole_folder
@@ -84,19 +85,6 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
         return _json(beside.read_text(encoding="utf-8"), f"the contents of {name} beside it")
     except UnicodeDecodeError:
         raise CheckpointError(f"the contents of {name} beside it are no JSON (not text)") from None
-
-
-def _config_heads(path: Path, with_class_token: bool) -> int | None:
-    """The number of heads in the config.json beside a file, None where it says none; refuses a pooling that is not ours."""
-    config = _beside(path, "config.json")
-    pooling = config.get("global_pool")
-    if with_class_token and pooling not in (None, "", "token"):
-        raise CheckpointError(f"config.json asks for {pooling!r} pooling beside a class token, which no model of Google's has")
-    arguments = config.get("model_args")
-    found = config.get("num_attention_heads", arguments.get("num_heads") if isinstance(arguments, dict) else None)
-    if found is not None and (type(found) is not int or found < 1):
-        raise CheckpointError(f"config.json beside it says that there are {found!r} attention heads")
-    return found
 
 
 def stored_types(path: str | os.PathLike) -> list[str]:
@@ -190,7 +178,9 @@ def read_safetensors(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dic
             said = metadata.get("num_heads", "")
             if said and not re.fullmatch(r"[1-9]\d{0,3}", said):
                 raise CheckpointError(f"its metadata says that there are {quoted(said)} attention heads")
-            heads = int(said) if said else _config_heads(path, "cls_token" in tensors.names)
+            config = _beside(path, "config.json")
+            check_config(config, any(name.rpartition(".")[2] == "cls_token" for name in tensors.names))
+            heads = int(said) if said else heads_of(config)
             return from_torch(tensors, heads, skip)
     except (SafetensorError, OSError) as error:
         reason = "".join(filter(str.isprintable, " ".join(str(error)[:200].split())))  # it may quote the file

@@ -198,6 +198,8 @@ def check(config: Config) -> None:
             "give either model.checkpoint (weights to start from; the architecture is read off them) or model.variant "
             f"(an architecture with random weights), got {_shown(config.model.checkpoint)} and {_shown(config.model.variant)}"
         )
+    if config.model.keep_head == "true" and not config.model.checkpoint:
+        raise ConfigError("model.keep_head = 'true' needs model.checkpoint, which has a head to keep")
     if config.model.attention == "cudnn":
         if config.model.dtype == "float32":
             raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, and who else may use it."""
 
 import json
+import shlex
 
 import pytest
 
@@ -84,13 +85,22 @@ def test_configuration_is_compared_again_under_the_lock(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-def test_longer_run_of_a_finished_one_names_the_way(tmp_path):
-    with lock_workdir(tmp_path, Config()):
-        (tmp_path / "final.npz").touch()
-    longer = Config()
-    longer.training.steps = 1200
-    with pytest.raises(ConfigError, match=rf"training.steps. That run is finished; .*--config.model.checkpoint={tmp_path} "):
-        check(tmp_path, longer)
+def test_more_steps_of_a_finished_run_are_answered_with_a_command(tmp_path):
+    config = Config()
+    config.model.variant = "Nano/8"
+    folder = tmp_path / "my run"
+    with lock_workdir(folder, config):
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    config.training.steps = 3000
+    with pytest.raises(ConfigError, match="these fields differ: training.steps. Name another --workdir"):
+        check(folder, config)
+    (folder / "final.npz").touch()
+    with pytest.raises(ConfigError, match="start a new run from its weights: python main.py") as error:
+        check(folder, config)
+    assert shlex.split(str(error.value).split("weights: ")[1])[2:] == [
+        *("--config", f"{folder}/config.json", "--config.training.steps=3000", f"--config.model.checkpoint={folder}"),
+        *("--config.model.variant=", "--workdir", f"{folder}-3000"),
+    ]
 
 
 def test_scratch_files_of_killed_processes_are_removed(tmp_path):

@@ -173,10 +173,10 @@ def save_npz(
         flat[name] = array.reshape(1, 1, 1, -1) if _GROUP_NORM.search(name) else array
     with whole_file(path) as file:
         np.savez(file, **flat)  # type: ignore[arg-type]
-    if text is not None:
-        with whole_file(beside) as file:
-            file.write(text.encode())
-    elif replaces:
+        if text is not None:  # first: a process that is killed here leaves no weights without their description
+            with whole_file(beside) as description:
+                description.write(text.encode())
+    if text is None and replaces:
         beside.unlink(missing_ok=True)  # it speaks of the weights that were here before
 
 

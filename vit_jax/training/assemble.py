@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,17 +12,16 @@ import numpy as np
 import optax
 
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.google import read_meta
-from vit_jax.checkpoints.load import load, meta_of
-from vit_jax.config import AUTO, Config, Model
+from vit_jax.checkpoints.load import load, meta_of, outline, reading
+from vit_jax.config import AUTO, Config
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split, shared_examples
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
-from vit_jax.models.variants import build, name_of
+from vit_jax.models.variants import build, from_tree, name_of
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import devices
+from vit_jax.training import devices, restore
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.devices import Layout
 from vit_jax.training.feed import Feed
@@ -32,25 +30,26 @@ from vit_jax.training.step import INIT, logits_of, loss_of, stream, train_step
 from vit_jax.transforms.preprocess import for_evaluation, for_training
 
 _log = logging.getLogger("vit_jax")
-_RATES = 1024  # learning rates that are computed at a time
+_BLOCK = 1024  # learning rates computed at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """What a run is made of."""
 
-    config: Config  # with what was left open settled
+    config: Config  # with its automatic fields resolved
     model: VisionTransformer
-    params: Any  # the parameters to start from
+    params: Any  # the parameters to start from; shapes only, if they are those of a saved state
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule  # updates made so far → learning rate of the next
+    rate: Callable[[int], float]  # the learning rate of an update, the first of which is 0
     layout: Layout
     sources: tuple[Source, Source]  # of training and test
     budget: int  # bytes of a split that lives on the devices
     step: Any  # (state, batch, data) → (state, metrics), compiled
     predict: Any  # (params, batch, data) → logits, compiled
     meta: dict[str, Any]  # what the JSON next to the run's weights says of them
-    warnings: tuple[str, ...]  # about the run, for its console and its page
+    saved: bool  # whether the model is that of a saved state
+    warnings: tuple[str, ...]  # about the data, for whoever reads the run's figures
 
     @functools.cached_property
     def train_feed(self) -> Feed:
@@ -62,16 +61,13 @@ class Parts:
         """The test split."""
         return Feed(self.sources[1], self.layout, self.budget)
 
-    def rate(self, count: int) -> float:
-        """The learning rate of the update after `count` updates."""
-        first = count - count % _RATES
-        return float(self._rates(first)[count - first])
+    def state(self) -> TrainState:
+        """The state before the first update, on the host's default device."""
+        return create(self.params, self.optimizer)
 
-    @functools.cached_property
-    def _rates(self) -> Callable[[int], np.ndarray]:
-        """A part of the schedule, float32 [_RATES], from a step on: a whole one of a long run would fill the memory."""
-        several = jax.jit(lambda first: jax.vmap(self.schedule)(first + jnp.arange(_RATES)))
-        return functools.lru_cache(1)(lambda first: jax.device_get(several(jax.device_put(np.int32(first)))))
+    def abstract(self) -> TrainState:
+        """Shapes and types of the state."""
+        return jax.eval_shape(lambda params: create(params, self.optimizer), self.params)
 
     def describe(self) -> str:
         """Model, parameters, data and devices in a line."""
@@ -82,44 +78,42 @@ class Parts:
             f"{len(self.sources[0]):,} training and {len(self.sources[1]):,} test images; {self.layout.describe()}"
         )
 
-    def state(self) -> TrainState:
-        """The state before the first update, on the host's default device."""
-        return create(self.params, self.optimizer)
-
-    def abstract(self) -> TrainState:
-        """Shapes and types of the state."""
-        return jax.eval_shape(self.state)
-
 
 def _statistics(config: Config, row: Task) -> tuple[Any, Any] | None:
     return (row.mean, row.std) if config.data.normalization == "dataset" else None
 
 
-def _keeps_head(settings: Model, class_names: list[str]) -> str:
-    """`model.keep_head` as "true" or "false": "auto" keeps the head of a checkpoint whose classes have the run's names."""
-    if not settings.checkpoint or settings.keep_head != AUTO:
-        return "false" if settings.keep_head == AUTO else settings.keep_head
-    path = find(settings.checkpoint)
+def _keeps_head(config: Config, num_classes: int, class_names: list[str]) -> bool:
+    """Whether training starts with the checkpoint's own head: `model.keep_head`, or because its classes are the task's."""
+    wanted, source = config.model.keep_head, config.model.checkpoint
+    if wanted != AUTO or not source:
+        return wanted == "true"
+    with reading(source):
+        path = find(source)
+    model, _ = outline(path)
+    if model.num_classes != num_classes:
+        return False
     names = meta_of(path).get("class_names")
     if names == class_names:
         _log.warning("the head of %s is kept: it has the same classes", path)
-        return "true"
-    if isinstance(names, list) and sorted(map(str, names)) == sorted(class_names):
-        _log.warning("the head of %s is replaced by a zero head: its classes are in another order", path)
-    return "false"
+        return True
+    _log.warning(
+        "the head of %s is replaced by a new one: it has %d classes as %s has, but %s; model.keep_head=true keeps it",
+        source,
+        num_classes,
+        config.data.task,
+        "other names for them" if names else "no names for them",
+    )
+    return False
 
 
-def _model(config: Config, num_classes: int, instead: Path | None) -> tuple[VisionTransformer, Any]:
+def _model(config: Config, num_classes: int, own_head: bool) -> tuple[VisionTransformer, Any]:
     settings, size = config.model, config.data.image_size
-    fields: dict[str, Any] = dict(dropout=settings.dropout, attention_dropout=settings.attention_dropout)
     if settings.checkpoint:
         try:
-            model, params = load(settings.checkpoint, None if settings.keep_head == "true" else num_classes, size, **fields)
+            model, params = load(settings.checkpoint, None if own_head else num_classes, size)
         except CheckpointError:
-            if instead is None or not instead.exists():
-                raise
-            # A finished run needs its checkpoint no more: the architecture is that of its own weights.
-            model, params = load(instead, None, size, **fields)
+            raise
         except ValueError as error:
             raise ConfigError(f"data.image_size = {size}: {error}") from None
         if model.num_classes != num_classes:
@@ -129,7 +123,7 @@ def _model(config: Config, num_classes: int, instead: Path | None) -> tuple[Visi
             )
         return model, params
     try:
-        model = build(settings.variant, num_classes=num_classes, **fields)
+        model = build(settings.variant, num_classes=num_classes)
         params = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, 3)))["params"])(stream(config.seed, INIT))
     except ValueError as error:
         raise ConfigError(f"model.variant = {settings.variant!r}, data.image_size = {size}: {error}") from None
@@ -151,10 +145,29 @@ def splits(config: Config) -> tuple[Source, Source]:
     )
 
 
-def describe(config: Config, class_names: list[str], instead: Path | None = None) -> dict[str, Any]:
+def _warnings(config: Config, sources: tuple[Source, Source]) -> tuple[str, ...]:
+    """What a reader of the run's figures must know about its data."""
+    found, (train, test) = [], sources
+    if shared := shared_examples(train, test):
+        row = task(config.data.task)
+        found.append(
+            f"{shared:,} of the {len(test):,} test images are training images too "
+            f"(data.train_split = {config.data.train_split or row.train_split!r}, "
+            f"data.test_split = {config.data.test_split or row.test_split!r}): "
+            "the test accuracy does not say how the model does on new images"
+        )
+    if config.training.batch_size > len(train):
+        found.append(
+            f"training.batch_size = {config.training.batch_size} is larger than the training split of {len(train):,} images: "
+            "every batch holds images more than once"
+        )
+    return tuple(found)
+
+
+def describe(config: Config, class_names: list[str], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a reader of the run's weights must know: normalisation, image size, class names, task, source and its hash.
 
-    If the checkpoint is gone, what the JSON next to `instead`, the weights of the finished run, says.
+    The source of a saved state is what its record says, because the file may have changed since.
     """
     row = task(config.data.task)
     mean, std = _statistics(config, row) or ((0.5,) * 3, (0.5,) * 3)
@@ -163,49 +176,54 @@ def describe(config: Config, class_names: list[str], instead: Path | None = None
         "image_size": config.data.image_size,
         "class_names": class_names,
         "task": config.data.task,
-        "source": config.model.checkpoint or f"random weights, {config.model.variant}",
+        "source": f"random weights, {config.model.variant}",
     }
-    if config.model.checkpoint:
-        try:
-            path = find(config.model.checkpoint)
-        except CheckpointError:
-            if instead is None or not instead.exists():
-                raise
-            return read_meta(instead) or meta
+    if saved:
+        meta |= {name: value for name, value in saved["meta"].items() if name in ("source", "source_sha256")}
+    elif config.model.checkpoint:
+        path = find(config.model.checkpoint)
         meta |= {"source": path.name, "source_sha256": sha256(path)}
     return meta
 
 
-def _warnings(config: Config, sources: tuple[Source, Source]) -> tuple[str, ...]:
-    """What a run does that its user may not want; each is logged, too."""
-    found = []
-    if common := shared_examples(*sources):
-        found.append(
-            f"{common:,} of the {len(sources[1]):,} test images are training images as well (data.train_split, "
-            "data.test_split): the test figures are not those of unseen images"
-        )
-    if config.training.batch_size > len(sources[0]):
-        found.append(
-            f"training.batch_size = {config.training.batch_size} is larger than the {len(sources[0]):,} training images: a "
-            "batch holds images more than once"
-        )
-    for text in found:
-        _log.warning("warning: %s", text)
-    return tuple(found)
+def _rate(schedule: optax.Schedule) -> Callable[[int], float]:
+    """The schedule as a function of a step on the host."""
+
+    @functools.lru_cache(2)
+    def block(number: int) -> np.ndarray:
+        with jax.transfer_guard("allow"):
+            return np.asarray(jax.vmap(schedule)(jnp.arange(number * _BLOCK, (number + 1) * _BLOCK)))
+
+    return lambda step: float(block(step // _BLOCK)[step % _BLOCK])
 
 
-def assemble(config: Config, layout: Layout, instead: Path | None = None) -> Parts:
+def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = None) -> Parts:
     """Loads the model, opens the data, compiles nothing yet. Raises what those raise, and ConfigError.
 
-    `instead` is a file of weights of the same architecture to use if the checkpoint is gone.
+    Args:
+      config: of the run.
+      layout: of its devices.
+      saved: the record of a saved state; the model is then the state's, and the checkpoint is not read.
     """
     row, sources = task(config.data.task), splits(config)
-    keep_head = _keeps_head(config.model, sources[0].class_names)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head=keep_head))
-    model, params = _model(config, row.num_classes, instead)
+    for warning in (warnings := _warnings(config, sources)):
+        _log.warning("*** warning: %s ***", warning)
+    if saved:
+        params: Any = restore.shapes_of(saved)
+        model = from_tree(params)
+    else:
+        own_head = _keeps_head(config, row.num_classes, sources[0].class_names)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head="true" if own_head else "false"))
+        model, params = _model(config, row.num_classes, own_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
     config = dataclasses.replace(config, model=devices.settle(config.model, model, tokens))
-    model = model.clone(dtype=jnp.dtype(config.model.dtype), attention=config.model.attention, remat=config.run.remat)
+    model = model.clone(
+        dropout=config.model.dropout,
+        attention_dropout=config.model.attention_dropout,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=config.model.attention,
+        remat=config.run.remat,
+    )
     statistics, size = _statistics(config, row), config.data.image_size
     optimizer = optimizers.build(config.optimizer, config.training.steps)
     forward = loss_of(model, for_training(config.augment, size, statistics), config.seed)
@@ -214,12 +232,13 @@ def assemble(config: Config, layout: Layout, instead: Path | None = None) -> Par
         model=model,
         params=params,
         optimizer=optimizer,
-        schedule=optimizers.schedule(config.optimizer, config.training.steps),
+        rate=_rate(optimizers.schedule(config.optimizer, config.training.steps)),
         layout=layout,
         sources=sources,
         budget=config.run.device_budget_mib * 2**20,
         step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=config.seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(size, statistics))),
-        meta=describe(config, sources[0].class_names, instead),
-        warnings=_warnings(config, sources),
+        meta=describe(config, sources[0].class_names, saved),
+        saved=saved is not None,
+        warnings=warnings,
     )

@@ -102,6 +102,11 @@ def settle(settings: Model, model: VisionTransformer, tokens: int) -> Model:
     dtype, attention = settings.dtype, settings.attention
     if dtype == AUTO:
         dtype = "bfloat16" if on_gpu or attention == "cudnn" else "float32"
+    if attention == "cudnn" and not on_gpu:
+        raise ConfigError(
+            f"model.attention = 'cudnn' needs an NVIDIA GPU, and JAX runs on the {jax.default_backend()} here: "
+            "set model.attention=auto"
+        )
     if attention == AUTO:
         attention = "xla"
         if on_gpu and dtype == "bfloat16" and not settings.attention_dropout:

@@ -1,4 +1,4 @@
-"""Evaluation in which every picture counts once, whatever the batch size and the number of devices."""
+"""Evaluation in which every image counts once, whatever the batch size and the number of devices."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax.data.sources import Source
 from vit_jax.training.feed import Feed
 
 
@@ -34,14 +35,15 @@ def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size
     return np.concatenate(results), np.concatenate(labels)
 
 
-def whole(path: Path, examples: int) -> bool:
-    """Whether a file of predictions is there, undamaged, and of as many examples."""
+def has_predictions(path: Path, source: Source) -> bool:
+    """Whether a file holds predictions for every example of a split, whole: np.load checks the CRC of each array."""
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             logits, labels = file["logits"], file["labels"]
-    except Exception:  # the system, zip and NumPy each raise their own
+        shapes = (logits.shape, labels.shape) == ((len(source), source.num_classes), (len(source),))
+        return bool(shapes and (logits.dtype, labels.dtype) == (np.float32, np.int32) and np.isfinite(logits).all())
+    except Exception:  # what a damaged zip raises depends on where it is damaged
         return False
-    return logits.ndim == 2 and len(logits) == len(labels) == examples
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

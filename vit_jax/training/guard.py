@@ -4,31 +4,44 @@ import math
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 from vit_jax.errors import TrainingError
 
 
 class Guard:
-    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and leaves; the second one ends at once."""
+    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and leaves; a second one has its usual effect.
+
+    Attributes:
+      signal: the number of the signal that arrived; 0 before one does.
+    """
 
     def __init__(self) -> None:
-        self.stop = False
-        self.signal = 0  # the number of the signal that arrived
-        self._before: dict[int, object] = {}
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def stop(self) -> bool:
+        """Whether a signal asks the run to save and end."""
+        return self.signal != 0
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        self.stop, self.signal = True, number
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __enter__(self) -> "Guard":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._received)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and shells that start background jobs set it
+                    self._before[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._restore()
 
     @staticmethod
     def check(step: int, metrics: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from vit_jax.errors import printable
 from vit_jax.files import whole_file
 
 FILE = "metrics.jsonl"
@@ -35,14 +36,26 @@ def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
     return lines
 
 
-def gaps(workdir: Path, last: int, start: int, steps: int) -> Iterator[str]:
-    """What a start at step `start` has to say of what it finds: whether it resumes, and what is no longer there."""
+def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str]:
+    """What a start at step `start` says: whether it resumes, and what is missing in the folder.
+
+    Args:
+      workdir: the run's working directory.
+      found: the steps that had a line in metrics.jsonl when the process started.
+      start: the step of the restored state; 0 if there is none.
+      steps: of the whole run.
+    """
     if start:
         yield f"going on from step {start} of {steps} in {workdir}"
-        if last < start:
-            yield f"{workdir / FILE} ends at step {last}: the lines of the steps from there to {start} are lost"
-    elif last:
-        yield f"{workdir / 'checkpoints'} holds no state, though {FILE} reaches step {last}: starting from the beginning"
+        if missing := set(range(1, start + 1)) - found:
+            yield f"{workdir / FILE} does not hold the lines of {len(missing)} of the steps up to {start}: they are lost"
+    elif found:
+        yield f"{workdir} holds no saved state, although {FILE} reaches step {max(found)}: starting from the beginning"
+
+
+def say(text: str) -> None:
+    """A line for people, before there is a bar."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Journal:
@@ -54,7 +67,7 @@ class Journal:
         from tqdm import tqdm
 
         found, path = read(workdir), workdir / FILE
-        self.last = int(found[-1]["step"]) if found else 0  # the last step that an earlier start wrote a line of
+        self.found = {int(line["step"]) for line in found}  # the steps that earlier starts wrote lines of
         with whole_file(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start).encode())
         self._closing = contextlib.ExitStack()
@@ -100,7 +113,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)
 
     def __enter__(self) -> "Journal":
         return self

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from vit_jax.config import AUTO, Config, difference, from_json, to_json
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import remove_scratch, whole_file
 
-_CUT_OFF = re.compile(r"\.lock|\.config\.json\..+\.tmp")  # what a start that was killed at once leaves
+_CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # what a start that was killed at once leaves
 _RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run resolves when it begins
 
 
@@ -42,7 +43,9 @@ def check(workdir: Path, config: Config) -> Config:
     if path.exists() and has_progress(workdir):
         there = from_json(path.read_text(errors="replace"), str(path))
         if names := difference(config, there):
-            raise ConfigError(f"{workdir} holds a run of another configuration; these fields differ: {_advice(workdir, names)}")
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration; these fields differ: {_advice(workdir, config, names)}"
+            )
         resolved = {name: getattr(there.model, name) for name in _RESOLVED if getattr(config.model, name) == AUTO}
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **resolved))
     if not path.exists() and workdir.exists() and not _is_unused(workdir):
@@ -54,13 +57,14 @@ def _is_unused(folder: Path) -> bool:
     return folder.is_dir() and all(_CUT_OFF.fullmatch(entry.name) for entry in folder.iterdir())
 
 
-def _advice(workdir: Path, names: list[str]) -> str:
+def _advice(workdir: Path, config: Config, names: list[str]) -> str:
     text = ", ".join(names)
-    if "training.steps" in names and (workdir / "final.npz").exists():
-        return (
-            f"{text}. That run is finished; to train longer, start a new run from its weights with "
-            f"--config.model.checkpoint={workdir} --workdir ANOTHER"
-        )
+    if names == ["training.steps"] and (workdir / "final.npz").exists():
+        steps = config.training.steps
+        command = ["python", "main.py", "--config", str(workdir / "config.json"), f"--config.training.steps={steps}"]
+        command += [f"--config.model.checkpoint={workdir}"] + (["--config.model.variant="] if config.model.variant else [])
+        command += ["--workdir", f"{workdir}-{steps}"]
+        return f"{text}. That run is finished; to train longer, start a new run from its weights: {shlex.join(command)}"
     return f"{text}. Name another --workdir, or set the fields back"
 
 
@@ -80,8 +84,10 @@ def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
+        except OSError as error:
+            raise ConfigError(f"{workdir} cannot be locked ({reason(error)}); name a --workdir on a local disk") from None
         check(workdir, config)  # again: another process may have trained here since
         remove_scratch(workdir)
         with whole_file(workdir / "config.json") as file:

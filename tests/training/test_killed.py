@@ -66,6 +66,17 @@ def test_killed_and_started_again(config, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 151))
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """A sample; VIT_JAX_KILLS=200 runs the whole campaign."""
+    kills = os.environ.get("VIT_JAX_KILLS", "6")
+    command = [sys.executable, str(Path(__file__).with_name("kills.py")), kills, str(tmp_path / "campaign")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["kills"] >= int(kills) and not found["failures"], found
+
+
 FULL = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -38,7 +38,7 @@ def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size
 def has_predictions(path: Path, source: Source) -> bool:
     """Whether a file holds predictions for every example of a split, whole: np.load checks the CRC of each array."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             logits, labels = file["logits"], file["labels"]
         shapes = (logits.shape, labels.shape) == ((len(source), source.num_classes), (len(source),))
         return bool(shapes and (logits.dtype, labels.dtype) == (np.float32, np.int32) and np.isfinite(logits).all())

@@ -1,0 +1,124 @@
+"""A run that is started again, on other data or with a checkpoint of its classes: what it checks, keeps, refuses, reports."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from vit_jax.checkpoints.google import read_meta
+from vit_jax.config import to_json
+from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.training import devices, loop, restore
+from vit_jax.training.assemble import assemble
+from vit_jax.training.guard import Guard
+
+
+@pytest.fixture(scope="module")
+def module_tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def uninterrupted(config, module_tmp):
+    """A run of 12 steps, made once, and what it came to."""
+    workdir = module_tmp / "uninterrupted"
+    return workdir, loop.train(config, workdir)
+
+
+def logits(path):
+    with np.load(path) as file:
+        return file["logits"].tobytes()
+
+
+@pytest.mark.parametrize("damage", ["nothing", "truncated", "of another split"])
+def test_finished_run_renews_damaged_predictions_without_its_checkpoint(uninterrupted, config, tmp_path, damage):
+    workdir, result = uninterrupted
+    shutil.copytree(workdir, tmp_path / "run")
+    path = tmp_path / "run" / "predictions.npz"
+    expected = logits(path)
+    if damage == "nothing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        np.savez(path, logits=np.zeros((3, 10), np.float32), labels=np.zeros(3, np.int32))
+    config.model.checkpoint = str(shutil.copy(config.model.checkpoint, tmp_path / "gone.npz"))
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        record = json.loads((step / "record" / "metadata").read_text())
+        del record["record_sha256"]
+        record["config"]["model"]["checkpoint"] = config.model.checkpoint
+        (step / "record" / "metadata").write_text(json.dumps({**record, "record_sha256": restore._digest_of_json(record)}))
+    os.remove(config.model.checkpoint)
+    again = loop.train(config, tmp_path / "run")
+    assert again.metrics == result.metrics and logits(path) == expected
+    assert read_meta(tmp_path / "run" / "final.npz") == read_meta(workdir / "final.npz")  # with the hash of what was read
+    assert loop.evaluate(config, tmp_path / "run")["test/accuracy"] == result.metrics["test/accuracy"]
+
+
+def test_edited_configuration_is_refused(uninterrupted, config, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    config.training.steps = 8  # below the saved step
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    with pytest.raises(ConfigError, match="training.steps = 12 when it was saved, 8 now"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_training_on_the_test_split_is_warned_about_and_recorded(config, tmp_path, caplog):
+    config.data.train_split, config.training.batch_size, config.training.steps = "train[:8]+test[:20]", 32, 3
+    loop.train(config, tmp_path)
+    assert "20 of the 50 test images are training images" in caplog.text
+    first, second = json.loads((tmp_path / "environment.json").read_text())["warnings"]
+    assert "20 of the 50 test images" in first and "batch_size = 32 is larger than the training split of 28" in second
+
+
+def test_evaluating_parameters_that_give_nan_is_an_error(uninterrupted, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "metrics", lambda logits, labels: {"loss": float("nan"), "accuracy": 0.0})
+    with pytest.raises(TrainingError, match="test/loss of step 12 in .* is nan"):
+        loop.evaluate(config, uninterrupted[0])
+
+
+@pytest.mark.parametrize(("keep_head", "kept"), [("auto", True), ("false", False)])
+def test_head_of_the_same_classes_is_kept(uninterrupted, config, keep_head, kept):
+    config.model.checkpoint, config.model.keep_head = str(uninterrupted[0] / "final.npz"), keep_head
+    parts = assemble(config, devices.start(config.run))
+    assert np.any(parts.params["head"]["kernel"]) == kept and parts.config.model.keep_head == str(kept).lower()
+
+
+def test_cudnn_without_a_gpu_is_refused(config, tmp_path):
+    config.model.attention, config.model.dtype = "cudnn", "bfloat16"
+    with pytest.raises(ConfigError, match="model.attention = 'cudnn' needs an NVIDIA GPU"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_embedded_data_are_found_with_another_data_dir(config, tmp_path):
+    config.run.data_dir = str(tmp_path)
+    assert len(assemble(config, devices.start(config.run)).sources[0]) == 64 and not list(tmp_path.iterdir())
+
+
+def test_first_lines_say_what_runs(config, tmp_path, capsys):
+    config.training.steps = 3
+    loop.train(config, tmp_path)
+    said = capsys.readouterr().err
+    order = [said.index(text) for text in ("loading ", "5,610 parameters", "compiling the training step")]
+    assert order == sorted(order) and "64 training and 50 test images; 8 × cpu" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_has_its_usual_effect(number):
+    def usual(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, usual)
+    try:
+        with Guard() as guard:
+            os.kill(os.getpid(), number)
+            assert guard.stop and guard.signal == number
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)

@@ -148,6 +148,21 @@ def test_a_finished_run_whose_files_are_gone_is_evaluated_again(uninterrupted, c
     assert (tmp_path / "run" / "predictions.npz").exists()
 
 
+def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
+    config.data.normalization, config.training.steps = "dataset", 3
+    loop.train(config, tmp_path)
+    from vit_jax.data.sources import open_split
+    from vit_jax.data.tasks import task
+
+    images, _ = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
+    model, params = vit_jax.load(tmp_path)
+    logits = model.apply({"params": params}, vit_jax.preprocess(images, 16, model))
+    with np.load(tmp_path / "predictions.npz") as stored:
+        np.testing.assert_allclose(logits, stored["logits"], rtol=1e-4, atol=1e-5)
+    unscaled = model.apply({"params": params}, vit_jax.preprocess(images, 16))
+    assert not np.allclose(unscaled, logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("content", [b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b'{"step": 1'])
 def test_lines_that_are_no_metrics_are_left_out(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"step": 2}\n')

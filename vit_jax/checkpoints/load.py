@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.export import read_about
 from vit_jax.checkpoints.google import read_meta, read_npz, read_shapes
-from vit_jax.checkpoints.meta import grid_of
+from vit_jax.checkpoints.meta import grid_of, statistics
 from vit_jax.checkpoints.torch_files import read_config, read_safetensors
 from vit_jax.errors import CheckpointError, reason
 from vit_jax.models.variants import from_tree, shapes
@@ -173,4 +173,9 @@ def load(
             raise CheckpointError(f"{path}: {error}") from None
     for name in flat:  # one after the other, so that no more than one leaf is there twice; on a CPU JAX takes it as it lies
         flat[name] = jax.device_put(flat[name])
-    return model.clone(dropout=dropout, attention_dropout=attention_dropout, dtype=dtype), unflatten_dict(flat, sep="/")
+    try:
+        mean, deviation = statistics(meta_of(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fields = dict(dropout=dropout, attention_dropout=attention_dropout, dtype=dtype)
+    return model.clone(normalization=(tuple(mean), tuple(deviation)), **fields), unflatten_dict(flat, sep="/")

@@ -175,6 +175,9 @@ class VisionTransformer(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: str = "xla"  # what computes it: "xla" anywhere; "cudnn", fused, on an NVIDIA GPU in bfloat16
     remat: bool = False  # blocks are computed again for the gradient, in a fraction of the memory
+    # Channel means and deviations, of values in [0, 1], of the images that the weights were trained on: not computed here,
+    # `vit_jax.preprocess` scales by it. Google's: (x - 127.5) / 127.5.
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
     @property
     def stride(self) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import Augment
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.transforms import geometry
 
 # Channel means and standard deviations, of values in [0, 1].
@@ -20,20 +21,23 @@ _GOOGLE: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _CROP, _FLIP = 0, 1
 
 
-def preprocess(images: jax.Array | np.ndarray, size: int | tuple[int, int]) -> jax.Array:
-    """Makes of pictures what Google's published models expect: resized straight to the size, scaled to [-1, 1].
+def preprocess(
+    images: jax.Array | np.ndarray, size: int | tuple[int, int], model: VisionTransformer | None = None
+) -> jax.Array:
+    """Resizes images straight to a model's size and scales them as the model's weights expect.
 
     Args:
         images: uint8 [B, H, W, 3], JAX or NumPy.
         size: what the model was made for, in pixels: one number for a square, or (height, width).
+        model: from `vit_jax.load`, which knows by what statistics its weights were trained; None: Google's scaling, to [-1, 1].
 
     Returns:
-        float32 [B, height, width, 3] in [-1, 1].
+        float32 [B, height, width, 3], in [-1, 1] unless the model says otherwise.
 
     Raises:
         ValueError: the pictures are not uint8, or not of this shape.
     """
-    return for_evaluation(size)(images)
+    return for_evaluation(size, model.normalization if model else None)(images)
 
 
 def example_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) -> jax.Array:

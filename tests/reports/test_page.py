@@ -95,8 +95,9 @@ def test_the_numbers_are_those_of_the_files(run, unrendered):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tests = [line for line in lines if "test/accuracy" in line]
     last, best = tests[-1], max(tests, key=lambda line: line["test/accuracy"])
-    assert f"{100 * last['test/accuracy']:.2f} % of the test pictures are right after the last step, 12. Best" in page.text
-    assert f"evaluation {100 * best['test/accuracy']:.2f} %, step {best['step']}, chosen on the test split" in page.text
+    split = read(run).splits[1]
+    assert f"Accuracy on {split} {100 * last['test/accuracy']:.2f} % after 12 steps. Best" in page.text
+    assert f"Best {100 * best['test/accuracy']:.2f} % after {best['step']} steps, chosen on {split}" in page.text
     off_by = f"{100 * (last['test/accuracy'] - 0.25):+.2f} points"
     row = ["test accuracy", *(f"{100 * x:.2f} %" for x in (last["test/accuracy"], best["test/accuracy"], 0.25)), off_by]
     assert " ".join(row) in page.text
@@ -275,7 +276,7 @@ def test_a_run_that_goes_on(run, unrendered):
     for name in ("predictions.npz", "final.npz", "final.json"):
         (run / name).unlink()
     page = Page(write(run))
-    assert "Not finished : step 9 of 12;" in page.text and "of the test pictures at step 8" in page.text
+    assert "Not finished : step 9 of 12;" in page.text and "at step 8" in page.text
     assert "There are no predictions yet" in page.text and "The first picture of its class" in page.text
     assert "weights are those of the best evaluation so far, step" in page.text
     assert drawn(run) == FIGURES - {"classes", "confusion", "reliability", "mistakes"}
@@ -346,7 +347,7 @@ def test_folders_that_are_no_run(tmp_path, run):
         write(tmp_path)
     for content, said in [
         ("{", "config.json is not JSON"),
-        ("[]", "the whole should be an object"),
+        ("[]", "the whole file must be an object"),
         ('{"sead": 3}', "there is no field sead"),
         ('{"seed": "x"}', "config.json: seed must be of type int"),
     ]:
@@ -419,7 +420,7 @@ def test_a_copy_of_a_run_and_a_run_that_is_not_finished(run, tmp_path, unrendere
     edit(begun, seed=9)
     (begun / "metrics.jsonl").unlink()
     page = Page(write(run, copy, begun, output=tmp_path / "page.html"))
-    assert "±" not in page.text and "begun step 0/12 – 25.00 % –" in page.text
+    assert "±" not in page.text and "begun – – – – 0/12 –" in page.text
     assert "None that changes the numbers" in Page(write(run, copy)).text
 
 
@@ -622,3 +623,65 @@ def test_names_that_are_alike_or_of_another_script(run):
     (run / "final.json").write_text(json.dumps(names))
     assert list(read(run).class_names[:4]) == ["same (0)", "same (1)", "狮子", "two lines"]
     write(run)  # without a warning
+
+
+def copy_with(run, folder, lines=None, **fields):
+    """A copy of a run's folder with other fields of its configuration, dotted names with "__", and other metrics."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        config[section][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    if lines is not None:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def text_of(path):
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", path.read_text())))
+
+
+def test_page_says_on_which_split_a_run_is_tested(run, tmp_path):
+    folder = copy_with(run, tmp_path / "run", data__test_split="train[90%:]")
+    text = text_of(write(folder))
+    assert "Accuracy on train[90%:]" in text and "chosen on train[90%:]" in text and "the test split" not in text
+    assert re.search(r"trained on, tested on \S+, train\[90%:\]", text)
+
+
+def test_comparison_never_ranks_runs_of_different_splits_in_one_table(run, tmp_path):
+    other = copy_with(run, tmp_path / "other", data__test_split="train[90%:]")
+    same = shutil.copytree(run, tmp_path / "same")
+    apart, together = (tmp_path / f"{name}.html" for name in ("apart", "together"))
+    write(run, other, output=apart)
+    assert "different tables do not compare" in text_of(apart) and "accuracy on train[90%:]" in text_of(apart)
+    write(run, same, output=together)
+    assert "do not compare" not in text_of(together) and "top-5" in text_of(together)
+
+
+def test_comparison_leaves_out_its_own_page(run, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / name)
+    page = write(tmp_path / "a", tmp_path / "b")
+    assert page == tmp_path / "comparison.html"
+    assert write(*sorted(tmp_path.iterdir())) == page  # as `reports runs/*` names them
+    with pytest.raises(ReportError, match="a page is no run's folder"):
+        write(page)
+
+
+def test_page_of_a_diverged_run_says_so(run, tmp_path):
+    said = "train/loss of step 3 is nan: training has diverged. Lower optimizer.learning_rate"
+    lines = [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 3, "train/learning_rate": 0.5, "train/gradient_norm": 7.25, "diverged": said},
+    ]
+    text = text_of(write(copy_with(run, tmp_path / "run", lines)))
+    assert "Diverged : step 3 of 12" in text and said in text and "learning rate 0.5, gradient norm 7.25" in text
+    assert "Not finished" not in text
+
+
+def test_page_shows_the_warnings_of_its_run(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "environment.json").write_text(json.dumps({"jax": "1", "warnings": ["500 of the test images \u202e <b>"]}))
+    path = write(folder)
+    assert "500 of the test images \\u202e <b>" in text_of(path) and "\u202e" not in path.read_text()

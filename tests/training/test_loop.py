@@ -258,7 +258,10 @@ def test_diverged(config, tmp_path, monkeypatch, name):
     monkeypatch.setattr(Guard, "check", staticmethod(spoilt))
     with pytest.raises(TrainingError, match=f"{name} of step 4 is nan: training has diverged"):
         loop.train(config, tmp_path)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert f"{name} of step 4 is nan" in found[-1]["diverged"] and all(map(np.isfinite, list(found[-1].values())[:-1]))
+    assert name.startswith("test") or "train/learning_rate" in found[-1]
     assert not (tmp_path / "final.npz").exists() and not list(tmp_path.glob("checkpoints/*"))
 
 

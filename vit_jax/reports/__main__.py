@@ -2,21 +2,16 @@
 
 import argparse
 import os
-import signal
-import sys
-from typing import Any
+
+from vit_jax import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one page; returns the exit status: 0, 1 where something could not be used, 130 where somebody interrupted.
+    """Writes one page; returns the exit status: 0, or 1 if something could not be used.
 
     SystemExit of 2 for a wrong command line.
     """
-    try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return cli.call(lambda: _run(argv))
 
 
 def _run(argv: list[str] | None) -> int:
@@ -46,18 +41,10 @@ def _run(argv: list[str] | None) -> int:
         parser.error("--pictures, --layers and --heads are for the page of a single run")
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported here, for it takes a second or two, and Ctrl-C is waited for.
-    from vit_jax.errors import ReportError
+    # Imported here, because it takes a second or two, and Ctrl-C has to end the process meanwhile.
     from vit_jax.reports.page import write
 
-    try:
-        print(write(*args.runs, output=args.output, pictures=args.pictures, layers=args.layers, heads=args.heads))
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # the machine's: no permission, a full disk, something in the way
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    print(write(*args.runs, output=args.output, pictures=args.pictures, layers=args.layers, heads=args.heads))
     return 0
 
 
@@ -67,13 +54,5 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in dict.fromkeys(text.split(","))]
 
 
-def _end(*_: Any) -> None:
-    """Answers Ctrl-C: libraries that are being imported, and JAX at times, lose a KeyboardInterrupt or abort in their C++."""
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-    sys.exit(main())
+    cli.run(main)

@@ -4,6 +4,7 @@ Figures are five inches wide, so that their text can still be read on a phone, i
 Okabe and Ito's, and viridis. Pictures are composed into one array, because axes are what costs time.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -97,7 +99,9 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     loss, accuracy, rate = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1.6))
     colours: Any = _COLOURS
     if len(runs) > len(_COLOURS):  # no two alike; the yellow end is lost on white
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+        # No scale, because runs have no order.
+        many: Any = matplotlib.colormaps["tab20"]
+        colours = itertools.cycle(_COLOURS if len(runs) <= len(_COLOURS) else many.colors)
     for training, label_of_run, lines in zip(colours, labels, runs.values(), strict=False):
         test = _COLOURS[1] if alone else training
         x, y = _series(lines, "train/loss")
@@ -114,7 +118,15 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             accuracy.plot(x, 100 * y, style, color=test, linewidth=1.3, label=label, **mark)
         rate.plot(*_series(lines, "train/learning_rate"), color=training, linewidth=1.3, label=label_of_run)
     loss.set_title("loss")
-    loss.legend(handles=loss.get_lines()[-2:])
+    if alone:
+        loss.legend(handles=loss.get_lines()[-2:])
+    else:
+        shown: Any = [("--", "training"), ("-", "test")]
+        loss.legend(handles=[Line2D([], [], color="#666666", linestyle=style, label=label) for style, label in shown])
+        highest = [max(_series(lines, "test/loss")[1], default=0) for lines in runs.values()]
+        most = [value for value in highest if value <= 3 * np.median(highest)]
+        if 0 < len(most) < len(highest):  # a run that diverged does not flatten the others
+            loss.set_ylim(0, 1.3 * max(most))
     accuracy.set_title("test accuracy, %")
     rate.set(title="learning rate", xlabel="step", ylim=(0, None))
     rate.xaxis.set_major_locator(MaxNLocator(integer=True))

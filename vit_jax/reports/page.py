@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import difference, fields
-from vit_jax.errors import CheckpointError, DataError, ReportError
+from vit_jax.errors import CheckpointError, DataError, ReportError, printable
 from vit_jax.files import whole_file
 from vit_jax.reports import drawings, figures
 from vit_jax.reports.drawings import Drawing, Look
 from vit_jax.reports.runs import Missing, Run, read, repeated
 
 _NONE = "–"
+_OF_A_DIVERGED_STEP = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm", "train/loss": "loss"}
 _MEASURED = ("test/accuracy", "test/accuracy_top5", "test/loss")
 _STYLE = """
 :root { font: 100%/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1b1b1b }
@@ -43,7 +44,10 @@ figure { margin: 0 0 1.8rem; break-inside: avoid }
 img { display: block; max-width: 100%; height: auto }
 figcaption { max-width: 500px; margin-top: .3rem; color: #444; font-size: .86rem }
 tr { break-inside: avoid }
-@media (max-width: 30rem) { th, td { padding-right: .6rem; font-size: .82rem } }
+@media (max-width: 30rem) {
+  th, td { padding-right: .6rem; font-size: .82rem }
+  .runs th, .runs td { padding-right: .3rem; font-size: .68rem }
+}
 @media print { body { padding: 0; font-size: 10pt } .figures, .settings table { columns: 2 16rem } th, td { font-size: 8pt } }
 """
 _PAGE = """<!doctype html>
@@ -88,9 +92,12 @@ def write(
     if not runs or pictures < 1:
         raise ReportError("a report takes a run's folder and shows at least one picture")
     folders: dict[str, Path] = {}
-    for folder in map(Path, runs):
+    pages = [path for path in map(Path, runs) if path.suffix == ".html" and path.is_file()]  # of runs/*, this command's own
+    for folder in (path for path in map(Path, runs) if path not in pages):
         if (same := folders.setdefault(os.path.realpath(folder), folder)) is not folder:
             raise ReportError(f"{same} and {folder} are the same run; name it once")
+    if not folders:
+        raise ReportError(f"{', '.join(map(str, pages))}: a page is no run's folder; name one such as runs/demo")
     found = [read(folder) for folder in folders.values()]
     if len(found) == 1:
         path = Path(output) if output else found[0].path / "report.html"
@@ -133,18 +140,28 @@ def _summary(run: Run) -> Iterator[str]:
     """The headline, the figures beside what was expected, and what was run."""
     last, best, speed = run.evaluations[-1] if run.evaluations else {}, run.best or {}, run.speed()
     steps, expected = run.config.training.steps, run.config.run.expected
+    measured, split = run.measured.capitalize(), "the test split" if run.splits[1] == "test" else run.splits[1]
+    measured, split = html.escape(measured), html.escape(split)
     if run.finished:
         final, highest = (_number("accuracy", line["test/accuracy"]) for line in (last, best))
         yield (
-            f'<p class="headline"><strong>{final}</strong> of the test pictures are right after the last step, {steps}. '
-            f"Best evaluation {highest}, step {best['step']:.0f}, chosen on the test split.</p>"
+            f'<p class="headline">{measured} <strong>{final}</strong> after {steps} steps. '
+            f"Best {highest} after {best['step']:.0f} steps, chosen on {split}.</p>"
         )
     else:
         where = f"step {run.step} of {steps}" if run.metrics else "there are no metrics yet"
         so_far = "no evaluation yet"
         if last:
-            so_far = f"{_number('accuracy', last['test/accuracy'])} of the test pictures at step {last['step']:.0f}"
-        yield f'<p class="headline"><strong>Not finished</strong>: {where}; {so_far}.</p>'
+            so_far = (
+                f"{measured[0].lower()}{measured[1:]} {_number('accuracy', last['test/accuracy'])} at step {last['step']:.0f}"
+            )
+        yield f'<p class="headline"><strong>{"Diverged" if run.diverged else "Not finished"}</strong>: {where}; {so_far}.</p>'
+        if run.diverged:
+            line = run.metrics[-1]
+            there = [f"{name} {line[key]:.3g}" for key, name in _OF_A_DIVERGED_STEP.items() if key in line]
+            yield _note(". ".join([run.diverged, *([f"At that step: {', '.join(there)}"] if there else [])]))
+    for text in run.warnings:
+        yield _note(text)
     rows: list[Sequence[Any]] = [("", "final" if run.finished else "latest", "best", "expected", "off by")]
     for name in (name for name in _MEASURED if name in last or name in expected):
         value, wanted = last.get(name), expected.get(name)
@@ -161,6 +178,7 @@ def _summary(run: Run) -> Iterator[str]:
     took = f"{_duration(speed[0])}, without compiling, evaluating and saving" if speed else "not known yet"
     facts = {
         "task": run.config.data.task,
+        "trained on, tested on": ", ".join(run.splits),
         "started from": start,
         "picture size": f"{run.config.data.image_size} px",
         "length": f"{steps} steps of {run.config.training.batch_size} pictures",
@@ -177,14 +195,23 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
     labels = [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
     label_of = {id(run): label for run, label in zip(runs, labels, strict=True)}
     yield "<h1>Runs compared</h1>"
-    rows: list[Sequence[Any]] = [("", "final", "best", "expected", "img/s")]
-    for run, label in zip(runs, labels, strict=True):
-        best, expected = (_number("accuracy", of.get("test/accuracy")) for of in (run.best or {}, run.config.run.expected))
-        final = f"step {run.step}/{run.config.training.steps}"
-        if run.finished:
-            final = _number("accuracy", run.evaluations[-1]["test/accuracy"])
-        rows.append((label, final, best, expected, _rate(run.speed())))
-    yield f"<p>Accuracy on the test split.</p>\n{_table(rows, 'numbers')}"
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.config.data.task, run.measured), []).append(run)
+    if len(groups) > 1:
+        yield _note("These runs differ in what they are tested on: figures of different tables do not compare.")
+    for (task, measured), group in groups.items():
+        rows: list[Sequence[Any]] = [("", "final", "best", "top-5", "loss", "steps", "img/s")]
+        for run in group:
+            last = run.evaluations[-1] if run.evaluations else {}
+            final, best = (
+                _number("accuracy", of.get("test/accuracy")) for of in (last if run.finished else {}, run.best or {})
+            )
+            state = f"{run.step}/{run.config.training.steps}" if not run.finished else str(run.config.training.steps)
+            state += " diverged" if run.diverged else ""
+            top5, loss = (_number(name, last.get(name)) for name in ("test/accuracy_top5", "test/loss"))
+            rows.append((label_of[id(run)], final, best, top5, loss, state, _rate(run.speed())))
+        yield f"<p>{html.escape(task)}: {html.escape(measured)}.</p>\n{_table(rows, 'numbers runs')}"
     for group in repeated([run for run in runs if run.finished]):
         finals = [100 * run.evaluations[-1]["test/accuracy"] for run in group]
         mean, deviation = statistics.mean(finals), statistics.stdev(finals)
@@ -230,10 +257,14 @@ def _table(rows: Sequence[Sequence[Any]], kind: str = "") -> str:
     lines = []
     for number, row in enumerate(rows):
         kinds = ["th"] * len(row) if kind and not number else ["th", *["td"] * (len(row) - 1)]
-        cells = (f"<{kind}>{html.escape(str(cell))}</{kind}>" for kind, cell in zip(kinds, row, strict=True))
+        cells = (f"<{kind}>{html.escape(printable(cell, 10_000))}</{kind}>" for kind, cell in zip(kinds, row, strict=True))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     table = "<table>\n" + "\n".join(lines) + "\n</table>"
     return f'<div class="{kind}">\n{table}\n</div>' if kind else table
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(printable(text))}</p>'
 
 
 def _words(name: str) -> str:

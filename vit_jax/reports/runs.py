@@ -21,7 +21,7 @@ from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check, difference, from_json
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
-from vit_jax.errors import CheckpointError, ConfigError, ReportError
+from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError
 from vit_jax.files import sha256
 from vit_jax.models.vit import VisionTransformer
 
@@ -41,6 +41,7 @@ class Run:
     path: Path
     config: Config
     metrics: list[dict[str, float]]
+    diverged: str = ""  # why the run ended early, if a metric was not finite: the console's words
 
     @property
     def name(self) -> str:
@@ -76,6 +77,22 @@ class Run:
         """(seconds in training steps, median of pictures a second); without compilation, evaluations and saves."""
         rates = [rate for line in self.metrics if (rate := line.get("train/images_per_second", 0)) > 0]
         return (sum(self.config.training.batch_size / rate for rate in rates), statistics.median(rates)) if rates else None
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """The training and the test split, in TFDS's language; "train" and "test" of a task that this version does not know."""
+        data = self.config.data
+        try:
+            row = self.task
+        except DataError:
+            return data.train_split or "train", data.test_split or "test"
+        return data.train_split or row.train_split, data.test_split or row.test_split
+
+    @property
+    def measured(self) -> str:
+        """What its accuracy is called: "test accuracy", or "accuracy on train[90%:]" of a run tested on another split."""
+        split = self.splits[1]
+        return "test accuracy" if split == "test" else f"accuracy on {split}"
 
     @functools.cached_property
     def weights(self) -> Path:
@@ -192,7 +209,16 @@ class Run:
             found = json.loads((self.path / "environment.json").read_text())
         except (OSError, ValueError, RecursionError):
             found = None
-        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        return {str(key): str(value) for key, value in found.items() if key != "warnings"} if isinstance(found, dict) else {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run warned about when it began, such as training on test images."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text())["warnings"]
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
+            return []
+        return [str(text) for text in found] if isinstance(found, list) else []
 
 
 def read(path: Path) -> Run:
@@ -208,7 +234,7 @@ def read(path: Path) -> Run:
     except ConfigError as error:
         sentence = str(error) if str(file) in str(error) else f"{file}: {error}"
         raise ReportError(f"{sentence}; put back what the run wrote there") from None
-    metrics, journal = [], path / "metrics.jsonl"
+    metrics, diverged, journal = [], "", path / "metrics.jsonl"
     for text in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
         try:
             line = json.loads(text)
@@ -216,9 +242,10 @@ def read(path: Path) -> Run:
             continue
         # What lies past the last step is another run's.
         if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= config.training.steps:
+            diverged = line["diverged"] if isinstance(line.get("diverged"), str) else ""
             # What is no finite number is not drawn, and is never the best.
             metrics.append({key: value for key, value in line.items() if type(value) in (int, float) and abs(value) < 1e30})
-    return Run(path, config, metrics)
+    return Run(path, config, metrics, diverged)
 
 
 def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:

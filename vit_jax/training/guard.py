@@ -9,6 +9,19 @@ from typing import Any
 from vit_jax.errors import TrainingError
 
 
+class Diverged(TrainingError):
+    """A loss, gradient norm or metric that is not finite.
+
+    Attributes:
+      line: what metrics.jsonl says of it: the step, its finite metrics, and the message under "diverged".
+    """
+
+    def __init__(self, step: int, metrics: dict[str, float], message: str):
+        super().__init__(message)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.line: dict[str, Any] = {"step": step, **finite, "diverged": message}
+
+
 class Guard:
     """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and leaves; a second one has its usual effect.
 
@@ -45,10 +58,12 @@ class Guard:
 
     @staticmethod
     def check(step: int, metrics: dict[str, float]) -> None:
-        """TrainingError where a metric of a step is not finite."""
+        """Raises Diverged if a metric of a step is not finite."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise TrainingError(
+                raise Diverged(
+                    step,
+                    metrics,
                     f"{name} of step {step} is {value}: training has diverged. Lower optimizer.learning_rate, lengthen "
-                    "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory"
+                    "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory",
                 )

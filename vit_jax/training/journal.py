@@ -11,6 +11,7 @@ from types import TracebackType
 
 from vit_jax.errors import printable
 from vit_jax.files import whole_file
+from vit_jax.training.guard import Diverged
 
 FILE = "metrics.jsonl"
 
@@ -120,6 +121,8 @@ class Journal:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            if isinstance(error, Diverged):
+                self._file.write(json.dumps(error.line) + "\n")
             self._closing.close()
         except OSError:  # a full disk, most of the time; what made us leave says more
             if error is None:

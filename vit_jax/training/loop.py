@@ -70,10 +70,10 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
             def read(step: int, found: dict[str, jax.Array], ended: float | None) -> dict[str, float]:
                 nonlocal began
                 values = {f"train/{name}": float(value) for name, value in jax.device_get(found).items()}
+                values["train/learning_rate"] = parts.rate(step - 1)
                 guard.check(step, values)
                 ended = ended or time.perf_counter()
                 seconds, began = ended - began, ended
-                values["train/learning_rate"] = parts.rate(step - 1)
                 if step > start + 1:  # the first step's time is the compiler's
                     values["train/images_per_second"] = settings.batch_size / seconds
                 return values

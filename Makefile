@@ -58,8 +58,8 @@ extra = $(or $(2),$(RUN)) -c "import tomllib; print(*tomllib.load(open('pyprojec
 find_python = found=; for version in $(1); do for python in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
 	if [ -z "$$found" ] && "$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null; then found=$$python; fi; \
 	done; done
-# Shell code that turns the requirements `name>=X,<Y` on its input into `name==X`.
-lowest = sed -nE 's/^([A-Za-z_-]+)>=([0-9.]+).*/\1==\2/p'
+# Shell code that turns the requirements `name>=X,<Y` on its input into `name==X`, and fails at a line that is none.
+lowest = sed -nE '/^(\#|$$)/d; s/^([[:alnum:]_-]+)>=([0-9.]+).*/\1==\2/p; t; q1'
 
 .venv-lowest/.tools: requirements.txt pyproject.toml
 	@rm -rf .venv-lowest; mkdir .venv-lowest; $(call find_python,3.11); if [ -n "$$found" ]; then \

@@ -1,6 +1,7 @@
-"""Settings every test runs under. They are environment variables, so that the processes a test starts have them too."""
+"""Settings every test runs under, such that the processes a test starts have them too."""
 
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,10 @@ for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_prox
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["VIT_JAX_CACHE"] = str(Path(_CACHE.name) / "checkpoints")
 os.environ["HF_HOME"] = str(Path(_CACHE.name) / "hub")
+
+# `nohup` and shells that start background jobs let a process ignore Ctrl-C, and what it starts inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 

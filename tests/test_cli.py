@@ -108,6 +108,14 @@ def test_ignored_signals_stay_ignored():
     assert done.returncode == 7
 
 
+def test_signal_tests_hold_in_background_jobs():
+    """The tests' settings undo that a background job ignores Ctrl-C."""
+    code = "import signal, runpy; runpy.run_path('tests/conftest.py'); signal.raise_signal(signal.SIGINT)"
+    command = ["sh", "-c", "trap '' INT; exec \"$0\" -c \"$1\"", sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
+    assert b"KeyboardInterrupt" in done.stderr
+
+
 def test_reader_that_closes_the_pipe_is_no_error():
     code = START + "cli.run(lambda: cli.call(lambda: print('a\\n' * 99999) or 0))"
     command = ["sh", "-c", '{ "$0" -c "$1"; echo $? >&2; } | head -n 1', sys.executable, code]

@@ -149,6 +149,26 @@ def test_every_package_it_imports_is_declared():
     assert {top for top in tops if not declared & {key(name) for name in providers.get(top, [top])}} == set()
 
 
+def lowest(requirements: str) -> subprocess.CompletedProcess[str]:
+    """Runs the Makefile's shell code that turns requirements into their lowest versions."""
+    command = ["make", "--silent", "--eval=lowest-of-input: ; @$(lowest)", "lowest-of-input"]
+    return subprocess.run(command, cwd=ROOT, input=requirements, capture_output=True, text=True)
+
+
+def test_lowest_versions_cover_every_requirement():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "requirements.txt").read_text() + "\n".join(extras["test"]) + "\n"
+    names = [re.match(r"[\w.-]+", line)[0] for line in text.splitlines() if line and not line.startswith("#")]
+    pinned = lowest(text)
+    assert pinned.returncode == 0, pinned.stderr
+    assert [line.split("==")[0] for line in pinned.stdout.splitlines()] == names
+
+
+@pytest.mark.parametrize("requirement", ["jax", "jax[cuda12]>=0.10.2", "jax<0.13"])
+def test_requirement_without_lowest_version_is_an_error(requirement):
+    assert lowest(f"{requirement}\n").returncode != 0
+
+
 @pytest.mark.parametrize(
     ("room", "absent"),
     [

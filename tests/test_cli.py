@@ -111,7 +111,7 @@ def test_ignored_signals_stay_ignored():
 def test_signal_tests_hold_in_background_jobs():
     """The tests' settings undo that a background job ignores Ctrl-C."""
     code = "import signal, runpy; runpy.run_path('tests/conftest.py'); signal.raise_signal(signal.SIGINT)"
-    command = ["sh", "-c", "trap '' INT; exec \"$0\" -c \"$1\"", sys.executable, code]
+    command = ["sh", "-c", 'trap \'\' INT; exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
     assert b"KeyboardInterrupt" in done.stderr
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax.reports import figures
+from vit_jax.reports import canvas, figures
 
 
 def drawn(figure: Figure) -> np.ndarray:
@@ -119,7 +119,10 @@ def test_curves_of_many_runs_with_long_names_are_told_apart():
     names = [f"a-run-that-has-a-rather-long-name-as-sweeps-give-them-to-{'their-' * 8}runs-{number}" for number in range(10)]
     figure = figures.curves(dict.fromkeys(names, LINES))
     drawn(figure)
-    assert len({matplotlib.colors.to_hex(line.get_color()) for line in figure.axes[2].get_lines()}) == 10
+    drawn_as = {
+        (matplotlib.colors.to_hex(line.get_color()), str(line._unscaled_dash_pattern)) for line in figure.axes[2].get_lines()
+    }
+    assert len(drawn_as) == 10
     told = figure.legends[0].get_texts()
     assert [text.get_text().replace("\n", "") for text in told] == names
     box, room = figure.legends[0].get_window_extent(), figure.bbox
@@ -168,12 +171,12 @@ def test_rollout_has_its_colours_over_pictures_of_any(colour):
     np.testing.assert_allclose(canvas[top + 5, 5], colour, atol=0.01)  # beside it as it is
     assert texts(figure.axes[1]) == ["least", "most"]
     figure = figures.rollout(np.ones((3, 8, 8, 3)), {"before": np.ones((3, 2, 2)), "after": np.ones((3, 2, 2))}, list("abc"))
-    assert [text for text in texts(figure.axes[0]) if len(text) > 1] == 2 * ["picture", "before", "after"]
+    assert [text for text in texts(figure.axes[0]) if len(text) > 1] == 2 * ["image", "before", "after"]
 
 
 def test_heads_are_named():
     figure = figures.heads(np.ones((8, 8, 3)), {"layer 1, head 2": np.ones((2, 2)), "layer 3, head 4": np.zeros((2, 2))})
-    assert texts(figure.axes[0]) == ["picture", "layer 1, head 2", "layer 3, head 4"]
+    assert texts(figure.axes[0]) == ["image", "layer 1, head 2", "layer 3, head 4"]
 
 
 def test_filters_and_positions_are_side_by_side():
@@ -247,5 +250,86 @@ def test_colours_can_be_told_apart():
         f = np.cbrt(xyz / (0.9505, 1, 1.089))
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
-    used = [*figures._COLOURS, "#ffffff"]
+    used = [*canvas.COLOURS, "#ffffff"]
     assert min(np.linalg.norm(lab(a) - lab(b)) for i, a in enumerate(used) for b in used[:i]) > 20
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.802, 500), (1.0, 50), (0.0, 50), (0.25, 4)])
+def test_wilson_interval_ends_where_the_score_test_rejects(share, count):
+    low, high = figures.wilson(share, count)
+    assert 0 <= low <= share <= high <= 1
+    for end in {float(low), float(high)} - {0.0, 1.0}:
+        assert abs(share - end) / np.sqrt(end * (1 - end) / count) == pytest.approx(1.959964, rel=1e-4)
+    assert high - low == pytest.approx({500: 0.0697, 50: 0.0713, 4: 0.6530}[count], abs=2e-3)
+
+
+def test_class_accuracies_have_intervals():
+    figure = figures.per_class({"a": 0.5, "b": 0.25}, None, {"a": 50, "b": 4})
+    [lines] = figure.axes[0].collections
+    ends = [(segment[0][0], segment[1][0]) for segment in lines.get_segments()]
+    np.testing.assert_allclose(ends, 100 * np.transpose(figures.wilson([0.5, 0.25], [50, 4])))
+
+
+@pytest.mark.parametrize("count", [10, 40, 100])
+def test_class_names_can_be_read_on_a_phone(count):
+    names = [f"class_{i}" for i in range(count)]
+    draw = np.random.default_rng(0)
+    logits, labels = draw.normal(size=(500, count)), draw.integers(0, count, 500)
+    for figure in (figures.per_class(dict.fromkeys(names, 0.5)), figures.confusion(logits, labels, names)):
+        for axis in figure.axes:
+            sizes = [label.get_fontsize() for label in axis.get_yticklabels() if label.get_text()]
+            assert min(sizes) / 72 / figure.get_figwidth() * 358 >= 9.5  # pixels, on a window of 390
+
+
+@pytest.mark.parametrize("count", [4, 100])
+def test_confusion_matrix_has_all_classes(count):
+    draw = np.random.default_rng(0)
+    logits, labels = draw.normal(size=(500, count)), draw.integers(0, count, 500)
+    figure = figures.confusion_matrix(logits, labels, [f"class {i}" for i in range(count)])
+    axis = figure.axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted", "true")
+    assert len(axis.get_xticklabels()) == len(axis.get_yticklabels()) == count
+    for true in range(count):
+        for predicted in range(count):
+            expected = np.mean(logits[labels == true].argmax(axis=1) == predicted)
+            assert axis.get_images()[0].get_array()[true, predicted] == pytest.approx(expected)
+    if count == 4:
+        assert sum(int(text.get_text()) for text in axis.texts) == 500
+    drawn(figure)
+
+
+def with_norms(scale):
+    return [line | {"train/gradient_norm": scale, "train/loss": scale * line["train/loss"]} for line in LINES]
+
+
+def test_gradient_norm_is_drawn_where_it_was_written():
+    *_, norm = figures.curves({"one": with_norms(1.5)}).axes
+    assert norm.get_title(loc="left") == "gradient norm" and norm.get_xlabel() == "step"
+    np.testing.assert_allclose(norm.get_lines()[0].get_ydata(), 1.5)
+
+
+@pytest.mark.parametrize("others", [1, 2, 9])
+def test_a_diverged_run_does_not_flatten_the_others(others):
+    runs = {f"run {i}": with_norms(1 + 0.1 * i) for i in range(others)} | {"diverged": with_norms(1e20)}
+    loss, *_, norm = figures.curves(runs).axes
+    assert 3 < loss.get_ylim()[1] < 8 and 1 < norm.get_ylim()[1] < 3
+    assert "shown up to" in loss.get_title(loc="left") and "shown up to" in norm.get_title(loc="left")
+    loss, *_, norm = figures.curves({"a": with_norms(1), "b": with_norms(2)}).axes
+    assert loss.get_title(loc="left") == "loss" and norm.get_title(loc="left") == "gradient norm"
+
+
+def test_curves_of_a_single_diverged_run_are_logarithmic():
+    lines = [{"step": step, "train/loss": 2.3 if step < 30 else 10.0 ** (step - 28)} for step in range(1, 41)]
+    loss, *_ = figures.curves({"one": lines}).axes
+    assert loss.get_yscale() == "log" and loss.get_title(loc="left") == "loss, logarithmic"
+
+
+def test_legend_of_training_and_evaluation_has_no_runs_colour():
+    loss, *_ = figures.curves({"one": LINES, "two": LINES}).axes
+    handles = loss.get_legend().get_lines()
+    assert {line.get_color() for line in handles} == {"#666666"} and not {"#666666"} & set(canvas.COLOURS)
+
+
+def test_thirty_runs_are_told_apart():
+    *_, rate = figures.curves({f"run {i}": LINES for i in range(30)}).axes
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in rate.get_lines()}) == 30

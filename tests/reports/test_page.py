@@ -27,6 +27,7 @@ from vit_jax.errors import ReportError
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.reports import attention, drawings, figures
 from vit_jax.reports.__main__ import main
+from vit_jax.reports.events import wall_time
 from vit_jax.reports.page import write
 from vit_jax.reports.runs import Missing, read, superclasses
 from vit_jax.training.loop import train
@@ -84,7 +85,7 @@ def test_everything_is_on_the_page_and_the_page_needs_nothing_else(run):
     for picture in page.pictures:
         assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 20
         assert int(picture["width"]) == 500 and int(picture["height"]) > 0
-    assert all(address.startswith("data:") for address in page.addresses)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "script" not in page.tags and not re.search(r"url\(|@import", page.source)
     assert {"main", "section", "h1", "h2", "figure", "figcaption", "table", "th"} <= page.tags
     assert 'lang="en"' in page.source and "width=device-width" in page.source
@@ -96,13 +97,13 @@ def test_the_numbers_are_those_of_the_files(run, unrendered):
     tests = [line for line in lines if "test/accuracy" in line]
     last, best = tests[-1], max(tests, key=lambda line: line["test/accuracy"])
     split = read(run).splits[1]
-    assert f"Accuracy on {split} {100 * last['test/accuracy']:.2f} % after 12 steps. Best" in page.text
+    assert f"Accuracy on {split} {100 * last['test/accuracy']:.2f} % after 12 steps (95 % interval" in page.text
     assert f"Best {100 * best['test/accuracy']:.2f} % after {best['step']} steps, chosen on {split}" in page.text
     off_by = f"{100 * (last['test/accuracy'] - 0.25):+.2f} points"
-    row = ["test accuracy", *(f"{100 * x:.2f} %" for x in (last["test/accuracy"], best["test/accuracy"], 0.25)), off_by]
+    row = [f"accuracy on {split}", *(f"{100 * x:.2f} %" for x in (last["test/accuracy"], best["test/accuracy"], 0.25)), off_by]
     assert " ".join(row) in page.text
     assert "Also expected: test accuracy of another 50.00 %." in page.text and "another –" not in page.text
-    for said in ("cifar100_excerpt", "12 steps of 16 pictures", "seed 3", "SHA-256"):
+    for said in ("cifar100_excerpt", "12 steps of 16 images", "seed 3", "SHA-256"):
         assert said in page.text
     for name, value in json.loads((run / "environment.json").read_text()).items():
         assert f"{name} {value}" in page.text
@@ -115,7 +116,7 @@ def test_speed_and_time_are_those_of_the_steps(run, unrendered):
         line["train/images_per_second"] = 2.0 if line["step"] <= 5 else 4.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = Page(write(run)).text
-    assert "time in training steps 1 min 8 s, without compiling" in text and "pictures/s 4.0, the median of the steps" in text
+    assert "time in training steps 1 min 8 s, without compiling" in text and "images/s 4.0, the median of the steps" in text
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(
     }
     [(shown, masks, names)] = given["rollout"]
     np.testing.assert_allclose(shown, pictures[chosen] / 255, atol=1e-6)
-    assert names == [source.class_names[number] for number in (0, 3, 6, 9)]
+    assert names == [f"{source.class_names[number]}, image {at}" for number, at in zip((0, 3, 6, 9), chosen, strict=True)]
     [(far,)] = given["attention_distance"]
     assert list(masks) == list(far) == list(maps)
     for name, those in maps.items():
@@ -186,7 +187,8 @@ def test_figures_of_predictions_and_weights_are_those_of_the_files(run, given):
     np.testing.assert_array_equal(shown, pictures[[at for _, at, _ in surest]])
     name = source.class_names
     assert texts == [f"{name[labels[at]]}\n→ {100 * sure:.0f} % {name[said]}" for sure, at, said in surest]
-    [(accuracies,)] = given["per_class"]
+    [(accuracies, _, counts)] = given["per_class"]
+    assert counts == {name[c]: (labels == c).sum() for c in range(10)}
     assert accuracies == {name[c]: np.mean(logits[labels == c].argmax(axis=1) == c) for c in range(10)}
 
     start = json.loads((run / "config.json").read_text())["model"]["checkpoint"]
@@ -277,7 +279,7 @@ def test_a_run_that_goes_on(run, unrendered):
         (run / name).unlink()
     page = Page(write(run))
     assert "Not finished : step 9 of 12;" in page.text and "at step 8" in page.text
-    assert "There are no predictions yet" in page.text and "The first picture of its class" in page.text
+    assert "There are no predictions yet" in page.text and "The first image of each class" in page.text
     assert "weights are those of the best evaluation so far, step" in page.text
     assert drawn(run) == FIGURES - {"classes", "confusion", "reliability", "mistakes"}
 
@@ -310,7 +312,7 @@ def test_another_test_split_under_the_same_name(run, unrendered):
     np.savez(run / "predictions.npz", logits=logits, labels=np.roll(labels, 1))
     assert "is not the one that the run was tested on" in Page(write(run)).text
     np.savez(run / "predictions.npz", logits=logits[:50], labels=labels[:50])
-    assert "predictions.npz holds 50 pictures, the test split on this machine 100" in Page(write(run)).text
+    assert "predictions.npz holds 50 images, the test split on this machine 100" in Page(write(run)).text
 
 
 @pytest.mark.parametrize("name", ["predictions.npz", "final.npz", "final.json"])
@@ -408,7 +410,7 @@ def test_runs_compared(run, tmp_path, unrendered):
     page = Page(path)
     assert len(page.pictures) == 1 and all(address.startswith("data:") for address in page.addresses)
     assert f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f} %" in page.text
-    assert "of 3 runs that differ in the seed alone (tiny, tiny-4, tiny-5)" in page.text
+    assert "of 3 runs that differ only in the seed (tiny, tiny-4, tiny-5)" in page.text
     assert "optimizer.learning_rate 0.03 tiny, tiny-4, tiny-5 0.5 other" in page.text
     assert "seed 3 tiny, other 4 tiny-4 5 tiny-5" in page.text
     assert "data.task" not in page.text
@@ -440,7 +442,7 @@ def test_the_command_line(run, tmp_path, capsys, unrendered):
     for arguments, said in [
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--layers", "9"], "there is no layer 9"),
-        ([str(run), "--pictures", "0"], "at least one picture"),
+        ([str(run), "--pictures", "0"], "at least one image"),
         ([str(run), "--output", str(run / "config.json" / "page.html")], "config.json"),
     ]:
         assert main(arguments) == 1
@@ -584,7 +586,7 @@ def test_options_of_one_run_are_refused_for_several(run, capsys):
     assert end.value.code == 2 and "are for the page of a single run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(run), "--layers", ""])
-    assert "expected numbers from 1 on, as in 1,2, got ''" in capsys.readouterr().err
+    assert "expected numbers, as in 1,2, got ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interrupt", ["raise KeyboardInterrupt", "lost()"])
@@ -685,3 +687,111 @@ def test_page_shows_the_warnings_of_its_run(run, tmp_path):
     (folder / "environment.json").write_text(json.dumps({"jax": "1", "warnings": ["500 of the test images \u202e <b>"]}))
     path = write(folder)
     assert "500 of the test images \\u202e <b>" in text_of(path) and "\u202e" not in path.read_text()
+
+
+def test_page_begins_with_the_result_and_ends_with_the_versions(run, unrendered):
+    page = Page(write(run))
+    headings = re.findall(r"<h2>(.*?)</h2>", page.source)
+    assert headings[0] == "Learning" and headings[-1] == "Versions and device"
+    links = re.findall(r'<a href="#(.*?)">(.*?)</a>', page.source)
+    assert [title for _, title in links] == headings
+    assert all(f'id="{anchor}"' in page.source for anchor, _ in links)
+    assert page.source.index("95\u00a0% interval") < page.source.index("<nav>") < page.source.index("<section")
+
+
+def test_page_says_what_was_run_when_and_for_how_long(run, finished, unrendered):
+    shutil.copytree(finished / "tensorboard", run / "tensorboard")
+    text = Page(write(run)).text
+    with np.load(run / "final.npz") as file:
+        assert f"parameters {sum(file[name].size for name in file.files):,}" in text
+    recorded = json.loads((run / "environment.json").read_text())
+    assert f"command {recorded['command'][:900]}" in text and f"started {recorded['started']}" in text
+    assert re.search(r"wall time (\d+ min )?\d+ s, with compiling", text)
+    shutil.rmtree(run / "tensorboard")
+    assert "wall time" not in Page(write(run)).text
+
+
+def test_wall_time_is_that_of_the_events(tmp_path):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    assert wall_time(tmp_path) is None
+    for name, times in (("a", (100.0, 103.5, 110.0)), ("b", (1000.0, 1005.0))):
+        board = EventsWriter(str(tmp_path / "events"), name)
+        for step, at in enumerate(times):
+            board.write_event(Event(wall_time=at, step=step, summary=Summary(value=[Summary.Value(tag="x", simple_value=1)])))
+        board.close()
+    for path in tmp_path.iterdir():  # the writer's own first event has the time of now
+        data = path.read_bytes()
+        path.write_bytes(data[16 + int.from_bytes(data[:8], "little") :])
+    assert wall_time(tmp_path) == 15
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-3])
+    assert 0 < wall_time(tmp_path) <= 15
+
+
+def test_interval_is_that_of_the_evaluated_images(run, unrendered):
+    last = read(run).evaluations[-1]["test/accuracy"]
+    low, high = figures.wilson(last, 100)
+    assert f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %: 100 images)" in Page(write(run)).text
+    (run / "predictions.npz").unlink()
+    edit(run, data__task="cifar100", run__data_dir="/nowhere")
+    assert "95 % interval 0" not in Page(write(run)).text
+
+
+def test_images_can_be_chosen_by_number(run, given, capsys, tmp_path):
+    write(run, images=[17, 3])
+    [(shown, _, names)] = given["rollout"]
+    pictures, labels = read(run).test.take(np.array([17, 3]))
+    np.testing.assert_allclose(shown, pictures / 255, atol=1e-6)
+    assert names == [f"{read(run).test.class_names[label]}, image {at}" for label, at in zip(labels, (17, 3), strict=True)]
+    assert main([str(run), "--images", "100", "--output", str(tmp_path / "page.html")]) == 1
+    assert "there is no image 100: test[:100] has 100, counted from 0" in capsys.readouterr().err
+
+
+def test_text_of_files_changes_nothing_on_the_page(run, unrendered):
+    meta = json.loads((run / "final.json").read_text())
+    meta["class_names"] = ["a\u202eb", "\x1b[31m", "<i>", *meta["class_names"][3:]]
+    meta["source_sha256"] = "\u200f<i>"
+    (run / "final.json").write_text(json.dumps(meta))
+    (run / "environment.json").write_text(json.dumps({"jax\u202e": "\x9b<i>", "command": "\x00"}))
+    path = write(run.rename(run.with_name("tiny\u202e\x1b")))
+    page = Page(path)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e]", page.source)
+    assert "i" not in page.tags and "tiny\\u202e\\x1b" in page.text
+    assert list(read(path.parent).class_names[:3]) == ["a\\u202eb", "\\x1b[31m", "<i>"]
+
+
+@pytest.mark.parametrize("content", ['{"seed": %s}' % ("9" * 5000), '{"seed": %s}' % ("[" * 100_000)])  # noqa: UP031
+def test_numbers_and_brackets_without_end_are_one_line(run, content, capsys):
+    (run / "config.json").write_text(content)
+    assert main([str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "config.json" in error and error.count("\n") == 1 and len(error) < 1000
+
+
+def test_comparison_draws_runs_of_different_splits_apart(run, tmp_path, monkeypatch):
+    shown = []
+    real = figures.curves
+    monkeypatch.setattr(
+        figures, "curves", lambda runs, measured: (shown.append((list(runs), measured)), real(runs, measured))[1]
+    )
+    other = copy_with(run, tmp_path / "other", data__test_split="train[90%:]")
+    write(run, other, output=tmp_path / "page.html")
+    assert shown == [(["tiny"], "accuracy on test[:100]"), (["other"], "accuracy on train[90%:]")]
+
+
+def test_page_and_comparison_in_the_dark_in_a_browser(run, tmp_path, browser):
+    other = shutil.copytree(run, tmp_path / "other")
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser._call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": dark})
+    try:
+        for page in (write(run), write(run, other, output=tmp_path / "page.html")):
+            look(browser, page)
+            body, image = browser.ask(
+                "return [document.body, document.querySelector('img')].map(e => getComputedStyle(e).backgroundColor)"
+            )
+            assert body == "rgb(22, 24, 27)" and image == "rgb(255, 255, 255)"
+    finally:
+        browser._call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": []}})

@@ -28,7 +28,14 @@ def _run(argv: list[str] | None) -> int:
         type=int,
         default=6,
         metavar="N",
-        help="show the attention on a test picture of each of N classes, of all where there are fewer; default 6",
+        help="show the attention on a test image of each of N classes, of all where there are fewer; default 6",
+    )
+    parser.add_argument(
+        "--images",
+        type=_numbers,
+        default=[],
+        metavar="N,…",
+        help="show these test images instead, by their numbers, counted from 0",
     )
     parser.add_argument(
         "--layers", type=_numbers, default=[], metavar="N,…", help="show these layers' attention apart, counted from 1"
@@ -37,20 +44,21 @@ def _run(argv: list[str] | None) -> int:
         "--heads", type=_numbers, default=[], metavar="N,…", help="these heads' alone, in the last layer or in --layers"
     )
     args = parser.parse_args(argv)
-    if len(args.runs) > 1 and (args.layers or args.heads or args.pictures != parser.get_default("pictures")):
-        parser.error("--pictures, --layers and --heads are for the page of a single run")
+    if len(args.runs) > 1 and (args.images or args.layers or args.heads or args.pictures != parser.get_default("pictures")):
+        parser.error("--pictures, --images, --layers and --heads are for the page of a single run")
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported here, because it takes a second or two, and Ctrl-C has to end the process meanwhile.
     from vit_jax.reports.page import write
 
-    print(write(*args.runs, output=args.output, pictures=args.pictures, layers=args.layers, heads=args.heads))
+    options = {name: getattr(args, name) for name in ("output", "pictures", "images", "layers", "heads")}
+    print(write(*args.runs, **options))
     return 0
 
 
 def _numbers(text: str) -> list[int]:
     if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, as in 1,2, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected numbers, as in 1,2, got {text!r}")
     return [int(part) for part in dict.fromkeys(text.split(","))]
 
 

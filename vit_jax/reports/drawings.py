@@ -14,14 +14,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vit_jax.data import batches
-from vit_jax.errors import ReportError
+from vit_jax.errors import ReportError, printable
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.reports import attention, figures
 from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
 from vit_jax.transforms.preprocess import example_keys, for_evaluation, for_training
 
-_GRID = 12  # pictures of a grid
+_GRID = 12  # images of a grid
+_MATRIX = 100  # classes at most that a confusion matrix is drawn of
 _AUGMENT = 1  # the kind of draw that training.step keys a picture's transforms with; a test holds the two together
 
 _maps = jax.jit(attention_maps, static_argnums=0)
@@ -29,21 +30,28 @@ _maps = jax.jit(attention_maps, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure, the name of its file, its title and what there is to see, in plain text."""
+    """A figure, the name of its file, its title and what there is to see, in plain text.
+
+    `wide` is true for a figure that takes the whole width of the page.
+    """
 
     name: str
     title: str
     figure: Figure
     caption: str
+    wide: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What of the attention is shown: for how many classes, a picture each, and of which layers and heads, counted from 1."""
+    """What of the attention is shown: an image of each of so many classes or else the images of these numbers, and which layers
+    and heads apart, counted from 1.
+    """
 
     pictures: int = 6
     layers: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
 
 def learning(run: Run) -> Iterator[Drawing]:
@@ -52,9 +60,9 @@ def learning(run: Run) -> Iterator[Drawing]:
         raise Missing("There are no metrics yet: the run writes a line a step.")
     caption = (
         f"Up to step {run.step} of {run.config.training.steps}. Pale: the training loss of each step; the line through it is a "
-        "running mean. Test figures are of the whole test split."
+        f"running mean. Each evaluation is of all images of the split {run.splits[1]}."
     )
-    yield Drawing("curves", "Learning curves", figures.curves({run.name: run.metrics}), caption)
+    yield Drawing("curves", "Learning curves", figures.curves({run.name: run.metrics}, run.measured), caption)
 
 
 def training_pictures(run: Run) -> Iterator[Drawing]:
@@ -65,13 +73,13 @@ def training_pictures(run: Run) -> Iterator[Drawing]:
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _AUGMENT)
     transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))
     images, _ = transform(example_keys(key, 0, jnp.arange(len(index), dtype=jnp.int32)), originals, labels)
-    names = [source.class_names[label] for label in labels]
+    names = [printable(source.class_names[label]) for label in labels]
     caption = (
-        "The first pictures of the first batch. Of each pair the left one is as stored, the right one exactly as the model got "
+        "The first images of the first batch. Of each pair the left one is as stored, the right one exactly as the model got "
         "it: cropped, flipped and resized, its scaling undone."
     )
     figure = figures.training_pictures(originals, _visible(images, run), names)
-    yield Drawing("training_pictures", "Training pictures", figure, caption)
+    yield Drawing("training_pictures", "Training images", figure, caption)
 
 
 def weights(run: Run) -> Iterator[Drawing]:
@@ -97,14 +105,15 @@ def weights(run: Run) -> Iterator[Drawing]:
 def looks(run: Run, look: Look) -> Iterator[Drawing]:
     """Attention of the model on a few test pictures: rollout, distances, and single layers and heads where asked for.
 
-    ReportError for a layer or a head that the model does not have.
+    ReportError for a layer or a head that the model does not have, and for an image that the split does not have.
     """
     models, said = run.models
     model = next(iter(models.values()))[0]
     layers, heads = _wanted(model, look)
-    pictures, labels, which = _examples(run, look.pictures)
+    pictures, labels, index, which = _chosen(run, look.images) if look.images else _examples(run, look.pictures)
     images = jax.jit(for_evaluation(run.config.data.image_size, _statistics(run)))(pictures)
-    shown, names = _visible(images, run), [run.test.class_names[label] for label in labels]
+    shown, of = _visible(images, run), run.test.class_names
+    names = [f"{printable(of[label])}, image {at}" for label, at in zip(labels, index, strict=True)]
     grid = (images.shape[1] // model.stride, images.shape[2] // model.stride)
     masks: dict[str, list[np.ndarray]] = {}
     far: dict[str, list[np.ndarray]] = {}
@@ -121,22 +130,23 @@ def looks(run: Run, look: Look) -> Iterator[Drawing]:
     if masks:
         figure = figures.rollout(shown, {name: np.stack(found) for name, found in masks.items()}, names)
         caption = (
-            "Test pictures, and in colours over them how much of each patch reaches the class token through all layers "
-            f"(attention rollout): from the least to the most in each picture by itself. {which}{said}"
+            "In colours over each image, how much of each patch reaches the class token through all layers (attention "
+            f"rollout), from the least to the most in that image. {which} Images are numbered from 0 in the order of the "
+            f"split {run.splits[1]}.{said}"
         )
         yield Drawing("rollout", "Where it looks", figure, caption)
     figure = figures.attention_distance({name: np.mean(found, axis=0) for name, found in far.items()})
     caption = (
-        f"Mean distance between a patch and those it attends to, over {len(shown)} pictures of {run.config.data.image_size} "
-        f"pixels: a dot a head, the line their mean.{said}"
+        f"Mean distance between a patch and those it attends to, over {len(shown)} images of {run.config.data.image_size} "
+        f"pixels. One dot per head; line: mean.{said}"
     )
     yield Drawing("attention_distance", "How far it looks", figure, caption)
     if not masks:
         raise Missing("The model averages its patches and has no class token: there is no attention rollout.")
     for number, maps_of in enumerate(apart):
         caption = (
-            f"The picture of class {names[number]}, and in colours over it the class token's attention in single layers and "
-            "heads: from the least to the most in each by itself."
+            f"{names[number]} of the split {run.splits[1]}, and in colours over it the class token's attention in single "
+            "layers and heads, from the least to the most in each."
         )
         figure = figures.heads(shown[number], maps_of)
         yield Drawing(f"heads_{number + 1}", f"Layers and heads: {names[number]}", figure, caption)
@@ -150,23 +160,33 @@ def predicted(run: Run) -> Iterator[Drawing]:
         raise Missing(f"predictions.npz speaks of {logits.shape[1]} classes, {run.config.data.task} has {len(names)}.")
     right, total = logits.argmax(axis=1) == labels, np.bincount(labels, minlength=len(names))
     accuracy = {name: right[labels == number].mean() for number, name in enumerate(names) if total[number]}
-    caption = f"Of the {len(labels):,} test pictures, by true class; the best first."
-    yield Drawing("classes", "Accuracy per class", figures.per_class(accuracy), caption)
-    yield Drawing(
-        "confusion",
-        "Worst classes",
-        figures.confusion(logits, labels, names),
-        "What the classes of the lowest accuracy were taken for, in pictures; darker is a larger share of the row.",
+    counts = {name: int(total[number]) for number, name in enumerate(names) if total[number]}
+    fewest, most = min(counts.values()), max(counts.values())
+    caption = (
+        f"Of the {len(labels):,} images of the split {run.splits[1]}, by true class, the best first. Thin lines: 95 % "
+        f"intervals (Wilson) of an accuracy on {fewest if fewest == most else f'{fewest} to {most}'} images."
     )
+    yield Drawing("classes", "Accuracy per class", figures.per_class(accuracy, None, counts), caption)
+    if len(names) <= _MATRIX:
+        caption = "Images of each true class (row) by predicted class (column). Darker is a larger share of the row."
+        yield Drawing(
+            "confusion", "Confusion matrix", figures.confusion_matrix(logits, labels, names), caption, wide=len(names) > 20
+        )
+    if len(names) > 20:
+        caption = (
+            "The classes of the lowest accuracy (rows) by predicted class (columns): numbers of images. Darker is a larger "
+            "share of the row."
+        )
+        yield Drawing("worst_classes", "Worst classes", figures.confusion(logits, labels, names), caption)
     yield Drawing(
         "reliability",
         "Reliability",
         figures.reliability(logits, labels),
-        "Accuracy of pictures that the model is about equally sure of (15 bins), and how many those are. Where bars stay below "
-        "the line, the model is too sure of itself; the expected calibration error is their distance, averaged over pictures.",
+        "Accuracy of images of about equal confidence (15 bins), and the number of images in each bin. Bars below the line: "
+        "the model is overconfident. The expected calibration error is the distance between both, averaged over images.",
     )
     if len(run.test) != len(labels):
-        raise Missing(f"predictions.npz holds {len(labels)} pictures, the test split on this machine {len(run.test)}.")
+        raise Missing(f"predictions.npz holds {len(labels)} images, the test split on this machine {len(run.test)}.")
     confidence = np.where(right, -1, figures.softmax(logits).max(axis=1))
     worst = np.argsort(-confidence, kind="stable")[: min(_GRID, int((~right).sum()))]
     if len(worst):
@@ -176,15 +196,18 @@ def predicted(run: Run) -> Iterator[Drawing]:
         said = logits[worst].argmax(axis=1)
         sure = [f"→ {100 * confidence[at]:.0f} % {names[says]}" for at, says in zip(worst, said, strict=True)]
         text = [f"{names[label]}\n{what}" for label, what in zip(found, sure, strict=True)]
-        caption = "Wrong, and surest of it: the true class, and what the model says instead, with its probability."
+        caption = (
+            "The wrong predictions of the highest confidence: the true class, then the predicted one with its probability."
+        )
         yield Drawing("mistakes", "Most confident mistakes", figures.mistakes(pictures, text), caption)
     if coarse := superclasses(run):
         above, of = coarse
         group, said = (np.array([of.get(int(label), -1) for label in many]) for many in (labels, logits.argmax(axis=1)))
         shown = [(number, name) for number, name in enumerate(above) if number in group]
         exact, near = ({name: ok[group == i].mean() for i, name in shown} for ok in (right, group == said))
-        caption = f"The same by the data set's own {len(above)} superclasses; pale where at least the superclass is right."
-        yield Drawing("superclasses", "Accuracy per superclass", figures.per_class(exact, near), caption)
+        counts = {name: int((group == i).sum()) for i, name in shown}
+        caption = f"The same by the data set's own {len(above)} superclasses; pale: at least the superclass is right."
+        yield Drawing("superclasses", "Accuracy per superclass", figures.per_class(exact, near, counts), caption)
 
 
 def _statistics(run: Run) -> tuple[Any, Any]:
@@ -205,23 +228,37 @@ def _wanted(model: VisionTransformer, look: Look) -> tuple[tuple[int, ...], tupl
     return look.layers or (model.num_layers,), look.heads or tuple(range(1, model.num_heads + 1))
 
 
-def _examples(run: Run, count: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """A test picture of each of `count` classes that lie evenly in their order: (pictures uint8, labels, which those are).
+def _chosen(run: Run, images: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """The images of these numbers, as `_examples`."""
+    if wrong := [number for number in images if number >= len(run.test)]:
+        raise ReportError(f"there is no image {wrong[0]}: {run.splits[1]} has {len(run.test)}, counted from 0")
+    return *run.test.take(np.array(images)), np.array(images), "The images were chosen by number."
 
-    The picture that the model is surest of and right, or else the first one; before there are predictions, the first one.
+
+def _examples(run: Run, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """An image of each of `count` classes that lie evenly in their order.
+
+    It is the correctly classified image with the highest confidence, or else the first one; before there are predictions, the
+    first one.
+
+    Returns:
+      (images uint8, labels, their indices in the test split, which images those are in words).
     """
     source = run.test
     try:
         logits, labels = run.predictions
         if len(labels) != len(source):
             raise Missing("")
-        which = "The picture of its class that the model is surest of and right; the first one where it is right about none."
+        which = (
+            "For each class, the correctly classified image with the highest confidence, or the first one if none is correct."
+        )
         rank = figures.softmax(logits)
         rank = np.where(logits.argmax(axis=1) == labels, rank.max(axis=1), 0)
     except Missing:
         _, labels = source.take(np.arange(min(len(source), 2000)))
-        which, rank = "The first picture of its class.", np.zeros(len(labels))
+        which, rank = "The first image of each class.", np.zeros(len(labels))
     order = np.argsort(-rank, kind="stable")
     present, first = np.unique(labels[order], return_index=True)
     chosen = np.unique(np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int))
-    return *source.take(order[first[chosen]]), which
+    index = order[first[chosen]]
+    return *source.take(index), index, which

@@ -7,21 +7,23 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
-from vit_jax.checkpoints.google import read_meta
+from vit_jax.checkpoints.google import read_meta, read_shapes
 from vit_jax.checkpoints.load import load
-from vit_jax.config import Config, check, difference, from_json
+from vit_jax.config import Config, check, from_json
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
-from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError
+from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
 from vit_jax.files import sha256
 from vit_jax.models.vit import VisionTransformer
 
@@ -65,8 +67,25 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
-        """The lines with a test accuracy; the last is the headline."""
-        return [line for line in self.metrics if "test/accuracy" in line]
+        """The lines with a test accuracy, the one of a step that diverged left out; the last is the headline."""
+        whole = self.metrics[:-1] if self.diverged else self.metrics
+        return [line for line in whole if "test/accuracy" in line]
+
+    @property
+    def evaluated(self) -> int:
+        """Number of images of an evaluation; 0 if it is not known here."""
+        try:
+            return len(self.predictions[1]) if self.finished else len(self.test)
+        except (Missing, DataError):
+            return 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the run's weights, the head included; 0 if there are none that can be read."""
+        try:
+            return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(read_shapes(self.weights)))
+        except (Missing, CheckpointError, OSError):
+            return 0
 
     @property
     def best(self) -> dict[str, float] | None:
@@ -74,7 +93,7 @@ class Run:
         return max(self.evaluations, key=lambda line: line["test/accuracy"], default=None)
 
     def speed(self) -> tuple[float, float] | None:
-        """(seconds in training steps, median of pictures a second); without compilation, evaluations and saves."""
+        """(seconds in training steps, median of images a second); without compilation, evaluations and saves."""
         rates = [rate for line in self.metrics if (rate := line.get("train/images_per_second", 0)) > 0]
         return (sum(self.config.training.batch_size / rate for rate in rates), statistics.median(rates)) if rates else None
 
@@ -198,26 +217,27 @@ class Run:
         """A name for each class: what stands beside the weights or else the data set's."""
         names: Any = self.meta.get("class_names")
         known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        # On one line, and no two alike, for they are the rows of figures.
-        names = [" ".join(name.split()) for name in (names if known else self.test.class_names)]
+        # On one line and no two alike, because they are the rows of figures.
+        names = [printable(" ".join(name.split()), 200) for name in (names if known else self.test.class_names)]
         return [f"{name} ({at})" if names.count(name) > 1 else name for at, name in enumerate(names)]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Versions and device, as the run recorded them in environment.json; empty where it did not."""
+    @functools.cached_property
+    def _recorded(self) -> dict[str, Any]:
         try:
             found = json.loads((self.path / "environment.json").read_text())
         except (OSError, ValueError, RecursionError):
             found = None
-        return {str(key): str(value) for key, value in found.items() if key != "warnings"} if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Versions, device, command and time, as the run recorded them in environment.json; empty where it did not."""
+        return {str(key): str(value) for key, value in self._recorded.items() if key != "warnings"}
 
     @property
     def warnings(self) -> list[str]:
         """What the run warned about when it began, such as training on test images."""
-        try:
-            found = json.loads((self.path / "environment.json").read_text())["warnings"]
-        except (OSError, ValueError, RecursionError, LookupError, TypeError):
-            return []
+        found = self._recorded.get("warnings")
         return [str(text) for text in found] if isinstance(found, list) else []
 
 
@@ -231,8 +251,8 @@ def read(path: Path) -> Run:
     try:
         config = from_json(file.read_text(errors="replace"), str(file))
         check(config)
-    except ConfigError as error:
-        sentence = str(error) if str(file) in str(error) else f"{file}: {error}"
+    except (ConfigError, ValueError, RecursionError, OverflowError) as error:  # the latter of numbers of thousands of digits
+        sentence = str(error) if str(file) in str(error) else f"{file}: {reason(error, 400)}"
         raise ReportError(f"{sentence}; put back what the run wrote there") from None
     metrics, diverged, journal = [], "", path / "metrics.jsonl"
     for text in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
@@ -267,15 +287,3 @@ def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
         if len(found) == run.task.num_classes:
             break
     return list(builder.info.features["coarse_label"].names), found
-
-
-def repeated(runs: Sequence[Run]) -> list[list[Run]]:
-    """The groups of two and more among the runs that differ in nothing but the seed; of each seed the first one."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        group = next((group for group in groups if set(difference(group[0].config, run.config)) <= {"seed"}), None)
-        if group is None:
-            groups.append([run])
-        elif run.config.seed not in (other.config.seed for other in group):
-            group.append(run)
-    return [group for group in groups if len(group) > 1]

@@ -548,7 +548,7 @@ def test_the_page_of_a_run_on_all_of_cifar100_takes_60_seconds_at_most(prepared_
     begun = time.perf_counter()
     page = write(run)
     assert time.perf_counter() - begun < 60
-    assert drawn(run) == FIGURES | {"superclasses"} and "20 superclasses" in Page(page).text
+    assert drawn(run) == FIGURES | {"superclasses", "worst_classes"} and "20 superclasses" in Page(page).text
     look(browser, page)
 
     # The archive itself says which class belongs to which superclass.

@@ -4,6 +4,7 @@ import importlib.resources
 import io
 import logging
 import lzma
+import os
 import threading
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax.checkpoints import google
 from vit_jax.checkpoints.google import save_npz
 from vit_jax.config import Augment, Config, Data, Model, Optimizer, Run, Training
 from vit_jax.data.sources import open_split
@@ -221,11 +221,15 @@ def test_paths_that_are_no_weights(tmp_path, monkeypatch, source, said):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_nobody_may_read(run, monkeypatch):
-    def refused(path, *args):
-        raise PermissionError(13, "Permission denied", str(path))
+def test_unreadable_weights_are_named_in_the_error(run, monkeypatch):
+    original = os.open
 
-    monkeypatch.setattr(google, "open", refused, raising=False)
+    def refused(path, *args, **options):
+        if str(path).endswith(".npz"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(CheckpointError, match=r"final\.npz cannot be read \(Permission denied\)$"):
         Classifier(run)
 
@@ -275,6 +279,17 @@ def test_the_names_of_published_heads(caplog):
     assert not caplog.messages
     assert names.class_names(Path("mine.npz"), {}, 1000)[17] == "class 17"
     assert caplog.messages == ["nothing beside mine.npz names its 1000 classes: they are called by their numbers"]
+
+
+def test_embedded_model_names_its_classes_in_the_order_of_its_head():
+    """Classes of CIFAR-100 that Tiny-ImageNet has too: their most frequent answer, which no other order of names gives."""
+    source = open_split(task("cifar100_excerpt"), "test")
+    images, labels = source.take(np.arange(len(source)))
+    classify = Classifier("mini_8", batch_size=64)
+    assert len(set(classify.class_names)) == 200
+    for name, expected in (("lion", "lion, king of beasts"), ("orange", "orange"), ("mountain", "alp"), ("dolphin", "dugong")):
+        best = classify.probabilities(images[labels == source.class_names.index(name)]).argmax(axis=1)
+        assert classify.class_names[np.bincount(best).argmax()].startswith(expected)
 
 
 def test_the_order_of_imagenet_is_that_of_tfds():

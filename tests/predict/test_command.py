@@ -181,6 +181,14 @@ def test_names_are_printed_without_control_characters(run, folder, capsys):
     assert "\\x1b[31m\\u202e.png" in out and "\\x07none.png" in error and not {"\x1b", "\u202e", "\x07"} & {*out, *error}
 
 
+def test_warnings_about_weights_print_names_without_control_characters(folder, capsys, caplog):
+    path = save(folder / "bare\x1b[31m\u202e.npz", None)
+    out = folder / "x\x1b.png"
+    assert main(["--checkpoint", str(path), str(folder / "a.png"), "--attention", str(out)]) == 0
+    said = "".join(caplog.messages) + capsys.readouterr().err
+    assert said.count("bare\\x1b[31m\\u202e.npz") == 2 and "attention: " in said and not {"\x1b", "\u202e"} & {*said}
+
+
 def test_a_folder_without_pictures(run, tmp_path, capsys):
     assert main(["--checkpoint", str(run), str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} is a folder without pictures\n"

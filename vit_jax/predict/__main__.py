@@ -162,7 +162,7 @@ def _draw(path: Path, classify: Classifier, drawn: list[tuple[str, Source, Resul
     figure = figures.rollout(views, {"attention": masks}, labels)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=figures.DPI)
-    print(f"attention: {path}", file=sys.stderr)
+    print(f"attention: {printable(path)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

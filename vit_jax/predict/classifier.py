@@ -14,7 +14,7 @@ from PIL import Image
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import load, meta_of, outline, reading
 from vit_jax.checkpoints.meta import image_size, statistics
-from vit_jax.errors import CheckpointError, ImageError
+from vit_jax.errors import CheckpointError, ImageError, printable
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.models.variants import patches
 from vit_jax.predict.names import class_names, is_googles
@@ -65,7 +65,7 @@ class Classifier:
         self.batch_size = batch_size
         channels = statistics(meta)
         if not meta.get("normalization") and not is_googles(path, meta, model.num_classes):
-            _log.warning("nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed", path)
+            _log.warning("nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed", printable(path))
         self.model, self.params = load(path)
 
         def probabilities(params: Any, images: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax.checkpoints import meta as beside
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, printable
 
 _log = logging.getLogger("vit_jax")
 _FILE = Path(__file__).parents[1] / "assets" / "imagenet.tsv.xz"
@@ -30,7 +30,7 @@ def class_names(path: Path, meta: Mapping[str, Any], num_classes: int) -> list[s
         return imagenet("21k")
     if num_classes == 1000 and is_googles(path, meta, num_classes):
         return imagenet("1k")
-    _log.warning("nothing beside %s names its %d classes: they are called by their numbers", path, num_classes)
+    _log.warning("nothing beside %s names its %d classes: they are called by their numbers", printable(path), num_classes)
     return [f"class {number}" for number in range(num_classes)]
 
 

@@ -138,7 +138,7 @@ def test_what_was_there_stays_where_the_converter_or_the_disk_fails(mistake, mad
 
     said = {
         "other numbers": "differs from it by 1.0e-02 of the largest output",
-        "no model": "x.onnx is not written, for jax2onnx has failed",
+        "no model": "x.onnx is not written, because jax2onnx failed",
         "an error": "NotImplementedError: No plugins registered for primitive 'x'",
         "a full disk": "No space left on device",
     }

@@ -17,8 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.meta import statistics
-from vit_jax.checkpoints.torch_configs import check_config, heads_of
+from vit_jax.checkpoints.torch_configs import check_config, describe, heads_of
 from vit_jax.checkpoints.torch_names import from_torch, quoted, tops
 from vit_jax.errors import CheckpointError
 from vit_jax.files import whole_folder
@@ -105,41 +104,13 @@ def stored_types(path: str | os.PathLike) -> list[str]:
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """What config.json and preprocessor_config.json beside a safetensors file say, in the terms of the JSON beside an npz.
 
-    "image_size", "normalization" and "class_names", each where it is said. CheckpointError for what is no JSON.
+    "image_size", "normalization" and "class_names", each if it is given. CheckpointError for what is no JSON or of no use.
     """
     path = Path(path)
     try:
-        config, prepares = _beside(path, "config.json"), _beside(path, "preprocessor_config.json")
+        return describe(_beside(path, "config.json"), _beside(path, "preprocessor_config.json"))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    timm = config.get("pretrained_cfg")
-    timm = timm if isinstance(timm, dict) else {}
-    names: Any
-    names, labels = config.get("label_names"), config.get("id2label")
-    if isinstance(labels, dict) and all(re.fullmatch(r"[0-9]{1,9}", number) for number in labels):
-        names = [labels[i] for i in sorted(labels, key=int)]
-    shape = timm.get("input_size")
-    meta = {
-        "image_size": shape[1:] if isinstance(shape, list) else config.get("image_size"),
-        "normalization": {
-            "mean": timm.get("mean", prepares.get("image_mean")),
-            "std": timm.get("std", prepares.get("image_std")),
-        },
-        "class_names": names,
-    }
-    size = meta["image_size"]
-    if not all(type(side) is int for side in (size if isinstance(size, list) else [size])):
-        del meta["image_size"]
-    elif isinstance(size, list) and len(set(size)) == 1:
-        meta["image_size"] = size[0]
-    try:
-        statistics(meta)
-    except CheckpointError:
-        del meta["normalization"]
-    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not strings or names[:1] == ["LABEL_0"]:  # which transformers makes up
-        del meta["class_names"]
-    return {name: value for name, value in meta.items() if value is not None}
 
 
 def _check_header(path: Path) -> None:

@@ -464,9 +464,9 @@ def variant(name: str) -> tuple[str, set[str]]:
 
 _PEERS = {"timm": _timm, "huggingface": _huggingface, "original": _original}
 _INSTALL = {
-    "timm": "pip install timm",
-    "huggingface": "pip install transformers torch",
-    "transformers": "pip install transformers torch",
+    "timm": "pip install torch torchvision timm",
+    "huggingface": "pip install torch transformers",
+    "transformers": "pip install torch transformers",
     "keras_hub": "pip install keras-hub",
     "original": "pip install -r requirements.txt",
 }

@@ -84,7 +84,7 @@ def test_a_peer_that_is_not_installed_is_left_out(tmp_path, capsys, monkeypatch)
     assert main(["inference", *NANO, "--peer", "timm", "--peer-python", str(fake), "--output", str(output)]) == 0
     found = json.loads(output.read_text())["results"][0]
     assert [row["name"] for row in found["rows"]] == ["vit_jax"]  # in a process of its own
-    assert found["notes"] == ["timm is not in it: timm cannot be imported here (not here): pip install timm"]
+    assert found["notes"] == ["timm is not in it: timm cannot be imported here (not here): pip install torch torchvision timm"]
     assert found["notes"][0] in capsys.readouterr().out
 
 

@@ -117,15 +117,15 @@ def test_names_in_an_io_npz_are_printed_without_control_characters(tmp_path):
     assert "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize("peer", ["timm", "huggingface"])
-def test_a_peer_that_is_not_installed_is_a_sentence_with_the_command(peer, tmp_path):
+@pytest.mark.parametrize(("peer", "needs"), [("timm", "torch torchvision timm"), ("huggingface", "torch transformers")])
+def test_a_peer_that_is_not_installed_is_a_sentence_with_the_command(peer, needs, tmp_path):
     np.savez(tmp_path / "images.npz", images=IMAGES)
     argv = ["peers.py", peer, "x", "--images", str(tmp_path / "images.npz"), "--output", str(tmp_path / "io.npz")]
     code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = {argv}; "
     code += f"runpy.run_path({peers.__file__!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "io.npz").exists()
-    assert done.stderr.startswith(f"{peer} cannot be imported here (") and "): pip install " in done.stderr
+    assert done.stderr.startswith(f"{peer} cannot be imported here (") and done.stderr.endswith(f"): pip install {needs}\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -1,6 +1,7 @@
 """timm's and Hugging Face's safetensors: there and back to the bit, and nothing else passes for weights. Without PyTorch."""
 
 import json
+import os
 import struct
 import tracemalloc
 
@@ -470,6 +471,8 @@ KINDS = [
     "not finite", "offsets moved", "oversized length", "a bomb of a header", "truncated", "longer", "other metadata",
     "something else",
 ]  # fmt: skip
+# Damaged files of each kind and maker; the default makes more than 700 files, 20 make 1,200.
+SEEDS = int(os.environ.get("VIT_JAX_FUZZ_SEEDS", "12"))
 UNMARKED = {"a byte of the data", "two names swapped", "other metadata"}  # what nobody can tell in a file without hashes
 
 
@@ -520,18 +523,14 @@ def test_a_damaged_file_loads_right_or_is_refused_in_a_sentence(maker, trees, tm
     for kind in KINDS:
         if maker is others_file and kind in UNMARKED:
             continue
-        for _ in range(12):
+        for _ in range(SEEDS):
             damaged = mutate(kind, content, draw)
             most, said = peak(damaged)
             assert most < 2 * max(honest, len(damaged)), (kind, said)
             assert said.isprintable() and len(said) < 600 and (not said or "bad.safetensors" in said), said
             counts[kind] += bool(said)
-    assert sum(counts.values()) > 0.8 * 12 * (len(KINDS) - 3), counts
+    assert sum(counts.values()) > 0.8 * SEEDS * (len(KINDS) - 3), counts
     assert all(count for kind, count in counts.items() if maker is not others_file or kind not in UNMARKED), counts
-
-
-def test_the_mutations_number_more_than_two_hundred():
-    assert 12 * len(KINDS) > 200
 
 
 def test_every_byte_of_a_small_files_data_is_watched(trees, tmp_path):

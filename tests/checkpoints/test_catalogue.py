@@ -202,7 +202,8 @@ def test_any_full_name_of_augreg_works(tail, expected):
     "name, said",
     [
         ("ViT-B_61", "no checkpoint is published as 'ViT-B_61'; the nearest names: ViT-B_16, "),
-        ("B/61", "the nearest names: B/16, "),
+        ("B/61", "the nearest names: B/16"),
+        ("zzzzqqq", "`python -m vit_jax.checkpoints list` shows the names"),
         ("Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_x", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
         ("B_16-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0--mnist-steps_2k-lr_0.01-res_224", "no checkpoint is publi"),
         ("G_16-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", "no checkpoint is published"),

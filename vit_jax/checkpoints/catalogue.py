@@ -300,8 +300,9 @@ def resolve(name: str) -> Published:
         raise CheckpointError(f"several files are published as {name!r}; say which: {', '.join(same)}")
     names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *SHORT]
     plain = {_plain(known): known for known in reversed(names)}
-    near = [plain[match] for match in difflib.get_close_matches(_plain(short), plain, n=3, cutoff=0)]
-    raise CheckpointError(f"no checkpoint is published as {name!r}; the nearest names: {', '.join(near)}")
+    near = [plain[match] for match in difflib.get_close_matches(_plain(short), plain, n=3)]
+    hint = f"the nearest names: {', '.join(near)}" if near else "`python -m vit_jax.checkpoints list` shows the names"
+    raise CheckpointError(f"no checkpoint is published as {name!r}; {hint}")
 
 
 def read_index(path: str | os.PathLike) -> Iterator[dict[str, str]]:

@@ -5,11 +5,11 @@ large or more: then sampling so few of its pixels would show noise and not the p
 first, so that two to three times the size are left.
 """
 
-import contextlib
 import io
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has EPS run another program
 MOST_BYTES = 100 * 2**20  # that are taken from an address
 _PATIENCE = 300.0  # seconds for the whole of a picture
-_LARGE = 2**24  # pixels from which on pictures are decoded one at a time, so that threads do not multiply their memory
-_one_large = threading.RLock()
+_LARGE = 2**24  # pixels from which on one thread decodes all images
+# A lock does not suffice: glibc's malloc keeps what a thread freed for that thread, so eight threads that take turns
+# still hold eight decoded images.
+_large_images = ThreadPoolExecutor(1, thread_name_prefix="large-images")
 _one_given = threading.Lock()  # the same picture may be given twice, and Pillow's loading is no work for two threads
 
 
@@ -129,16 +131,21 @@ def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
     Image.init()
     known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with (
-        _one_large if _fills_memory_when_opened(source) else contextlib.nullcontext(),
-        Image.open(file, formats=known) as image,
-    ):
+    if _fills_memory_when_opened(source):
+        return _large_images.submit(_decode, file, known, size, name).result()
+    return _decode(file, known, size, name, share=True)
+
+
+def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, share: bool = False) -> Image.Image:
+    """An image file as RGB; with `share` the thread for large images decodes it if it is large."""
+    with Image.open(file, formats=formats) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise _too_large(name)
         # A JPEG is decoded at a half, a quarter or an eighth, which is quicker and needs less memory; never below 2 · size.
         image.draft(None, (2 * max(size), 2 * max(size)))
-        with _one_large if image.width * image.height > _LARGE else contextlib.nullcontext():
-            return _upright(image, size, name)
+        if share and image.width * image.height > _LARGE:
+            return _large_images.submit(_upright, image, size, name).result()
+        return _upright(image, size, name)
 
 
 def _fills_memory_when_opened(source: Any) -> bool:

@@ -10,7 +10,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 	@echo "make … PYTHON=/path/to/python uses an interpreter that has the packages already and installs nothing"
 
-demo: product  ## fine-tune the embedded ViT on the embedded pictures: offline, about a minute and a half on 2 cores
+demo: product  ## fine-tune the embedded ViT on the embedded images: offline, about a minute and a half on 2 cores
 	$(RUN) main.py --config configs/demo.py
 	@echo
 	@echo "Next, the run this project exists for (it downloads ViT-B/16 and CIFAR-100, and wants a GPU):"
@@ -30,7 +30,7 @@ test-newest: .venv-newest/.tools  ## the quick tests and the demo with the newes
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
-	$(RUN) -m pytest tests/interop
+	$(RUN) -m pytest tests/peers
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .
@@ -38,8 +38,8 @@ check: tools  ## lint and type-check
 	$(RUN) -m mypy
 
 # PARTS=train-256,loop measures these alone; ORIGINAL=CHECKOUT of google-research/vision_transformer adds it to the peers.
-SUITE = failed=0; $(RUN) -m vit_jax.benchmark $(if $(PARTS),--only $(PARTS)) $(if $(ORIGINAL),--original $(ORIGINAL))
-PAGE = $(RUN) -m vit_jax.benchmark --page; exit $$failed
+SUITE = failed=0; $(RUN) -m benchmarks $(if $(PARTS),--only $(PARTS)) $(if $(ORIGINAL),--original $(ORIGINAL))
+PAGE = $(RUN) -m benchmarks --page; exit $$failed
 
 benchmark: interop  ## speed and memory on this machine's CPU beside timm's, for docs/performance.md: about an hour on 2 cores
 	JAX_PLATFORMS=cpu $(SUITE) --suite cpu --output docs/benchmarks/cpu.json || failed=1; $(PAGE)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what is slow to import is imported inside functions, where 
     from vit_jax.config import Config
 
 MEMORY_ADVICE = (
-    "raise training.accumulation, lower training.batch_size, run.eval_batch_size or run.device_budget_mib, or set "
+    "raise training.grad_accum_steps, lower training.batch_size, run.eval_batch_size or run.device_budget_mib, or set "
     "model.dtype=bfloat16; --dry_run prints what a step needs"
 )
 

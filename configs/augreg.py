@@ -6,7 +6,7 @@ Names: `python -m vit_jax.checkpoints list` and `python -m vit_jax.data list`. T
 your ViT?" (Steiner et al. 2021): SGD with momentum, batches of 512, 500 or 2,500 steps, rates of 0.001, 0.003, 0.01 or
 0.03, cosine decay, gradients clipped to a norm of 1, no weight decay or dropout, Inception crops and flips. Expect what the
 paper's table says of 30 and 300 epochs of B/16 on CIFAR-100: 91.6 % and 93.2 %, the best of that grid. For few training
-images take `--config.training.steps=500`; on 8 or more devices `--config.training.accumulation=1`.
+images take `--config.training.steps=500`; on 8 or more devices `--config.training.grad_accum_steps=1`.
 """
 
 from vit_jax import Config
@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> Config:
     config.optimizer.warmup_steps = 200
     config.training.steps = 2500
     config.training.batch_size = 512
-    config.training.accumulation = 8  # as the original does, for the memory of one device
+    config.training.grad_accum_steps = 8  # as the original does, for the memory of one device
     config.training.eval_every = 500
     config.training.save_every = 500
     return config

@@ -65,7 +65,7 @@ def put(config, name, value):
         ("optimizer", None, "optimizer must be a vit_jax.config.Optimizer, got None"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be of type float, got nan"),
         ("model.dropout", 1.0, r"model.dropout must be in \[0, 1\)"),
-        ("training.accumulation", 3, "training.batch_size = 64 does not divide into training.accumulation = 3"),
+        ("training.grad_accum_steps", 3, "training.batch_size = 64 does not divide into training.grad_accum_steps = 3"),
         ("model.checkpoint", "x.npz", "either model.checkpoint .* got 'x.npz' and 'B/16'"),
         ("model.variant", "", "either model.checkpoint .* got '' and ''"),
         ("run.expected", {"a": "b"}, r"run.expected must be of type dict\[str, float\]"),

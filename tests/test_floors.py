@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a file may import its own floor and those below.
 FLOORS = (
     {"errors", "files", "config", "models"},
-    {"transfer", "fetch", "cli", "transforms", "peers"},
-    {"data"},
+    {"transfer", "fetch", "cli", "runtime", "transforms", "formats"},
+    {"data", "interop"},
     {"checkpoints"},
     {"training", "reports"},
-    {"predict", "studies", "benchmark", "vit_jax", "main", "configs"},
+    {"predict", "studies"},
+    {"vit_jax", "main", "configs", "benchmarks"},
 )
 FORBIDDEN = {  # beyond the floors: room → what its files never import, wherever in the file
     "models": {"vit_jax.config", "vit_jax.data"},
@@ -30,12 +31,16 @@ FORBIDDEN = {  # beyond the floors: room → what its files never import, wherev
     "training": {"vit_jax.reports"},
     "reports": {"vit_jax.training"},
 }
-NOWHERE = {"tensorflow", "torch", "timm", "transformers", "torchvision"}  # but in peers.py, which runs in a process of its own
+PEERS = "vit_jax.interop.peers"  # runs in a process of its own, so it imports what nothing else may
+NOWHERE = {"tensorflow", "torch", "timm", "transformers", "torchvision"}
 
 
 def read(root: Path) -> dict[str, set[str]]:
     """Every module of the product under root → the modules that its import statements name, in functions too."""
-    files = [*root.glob("vit_jax/**/*.py"), *root.glob("configs/*.py"), *root.glob("main.py")]
+    files = [
+        *root.glob("main.py"),
+        *itertools.chain(*(root.glob(f"{room}/**/*.py") for room in ("vit_jax", "configs", "benchmarks"))),
+    ]
     paths = {file: file.relative_to(root).with_suffix("").parts for file in files}
     modules = {".".join(path).removesuffix(".__init__"): (file, path) for file, path in paths.items()}
 
@@ -63,6 +68,8 @@ def room(module: str) -> str:
 
 
 def floor(module: str) -> int:
+    if module.endswith(".__main__"):
+        return len(FLOORS)
     return next((number for number, rooms in enumerate(FLOORS, 1) if room(module) in rooms), 0)
 
 
@@ -72,9 +79,9 @@ def violations(root: Path) -> list[str]:
     for module, names in graph.items():
         for name in sorted(names):
             top = name.split(".")[0]
-            if top in ("vit_jax", "configs", "main") and floor(name) > floor(module):
+            if top in ("vit_jax", "configs", "main", "benchmarks") and floor(name) > floor(module):
                 found.append(f"{module} imports {name}, which is upwards")
-            forbidden = FORBIDDEN.get(room(module), set()) | (NOWHERE if room(module) != "peers" else {"tensorflow", "vit_jax"})
+            forbidden = FORBIDDEN.get(room(module), set()) | ({"tensorflow", "vit_jax"} if module == PEERS else NOWHERE)
             if {top, ".".join(name.split(".")[:2])} & forbidden:
                 found.append(f"{module} imports {name}, which is forbidden there")
     try:
@@ -109,7 +116,7 @@ def test_the_product_keeps_its_floors():
         ("main.py", "import tensorflow as tf", "forbidden"),
         ("configs/a.py", "from torch import nn", "forbidden"),
         ("vit_jax/checkpoints/a.py", "def f():\n    import timm", "forbidden"),
-        ("vit_jax/peers.py", "import tensorflow", "forbidden"),
+        ("vit_jax/interop/peers.py", "import tensorflow", "forbidden"),
         ("vit_jax/training/loop.py", "from . import a", "a circle"),
         ("vit_jax/utils.py", "", "no floor"),
     ],
@@ -125,7 +132,7 @@ def test_what_breaks_the_floors_is_found(tmp_path, path, source, message):
         "vit_jax/training/a.py": "from vit_jax.training.loop import train\nfrom ..data import tasks",
         "vit_jax/training/loop.py": "from vit_jax.config import Config",
         "vit_jax/reports/page.py": "",
-        "vit_jax/peers.py": "def f():\n    import torch, timm",
+        "vit_jax/interop/peers.py": "def f():\n    import torch, timm",
     }
     for name, text in good.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +151,7 @@ def test_every_package_it_imports_is_declared():
     wanted = [*(ROOT / "requirements.txt").read_text().splitlines(), *itertools.chain(*extras.values())]
     declared = {key(found[0]) for line in wanted if (found := re.match(r"\w[\w.-]*", line))}
     tops = {name.split(".")[0] for names in read(ROOT).values() for name in names}
-    tops -= {*sys.stdlib_module_names, "vit_jax", "configs", "main"}
+    tops -= {*sys.stdlib_module_names, "vit_jax", "configs", "main", "benchmarks"}
     providers = importlib.metadata.packages_distributions()
     assert {top for top in tops if not declared & {key(name) for name in providers.get(top, [top])}} == set()
 

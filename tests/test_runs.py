@@ -1,4 +1,4 @@
-"""Runs of real size on real pictures, each in a process of its own with one device."""
+"""Runs of real size on real images, each in a process of its own with one device."""
 
 import json
 import os

@@ -94,14 +94,14 @@ def test_it_runs_from_top_to_bottom_and_what_it_says_is_so(tour):
     found = json.loads(done.stdout.splitlines()[-1])
 
     assert list(found["shown"]) == list(cells)
-    pictures = [cell for cell, shown in found["shown"].items() if shown == "PngImageFile"]
-    assert pictures == ["load", "pictures", "attention", "heads", "curves", "tuned", "predictions"]
+    images = [cell for cell, shown in found["shown"].items() if shown == "PngImageFile"]
+    assert images == ["load", "images", "attention", "heads", "curves", "tuned", "predictions"]
     assert set(found["shown"].values()) == {"PngImageFile", "NoneType"}
 
     assert "in about two cases of three" in " ".join(text.split()) and 0.62 < found["by_features"] < 0.72
     assert "it would be four in ten" in text and 0.35 < found["by_pixels"] < 0.45
     demo = read(str(ROOT / "configs" / "demo.py")).training
-    assert f"from {demo.steps} steps of {demo.batch_size} pictures to {found['steps']} of {found['batch']}" in text
+    assert f"from {demo.steps} steps of {demo.batch_size} images to {found['steps']} of {found['batch']}" in text
     assert found["accuracy"] > 0.6
     assert "hardly change where the model looks" in text and 0 < found["moved"] < 0.1  # of rollouts whose largest value is 1
     assert found["gap"] < 1e-6

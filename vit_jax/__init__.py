@@ -13,7 +13,7 @@ _DOORS = {
     "Config": "config",
     "VisionTransformer": "models.vit",
     "attention_maps": "models.intermediates",
-    "attention_rollout": "reports.attention:rollout",
+    "attention_rollout": "models.intermediates",
     "build": "models.variants",
     "features": "models.intermediates",
     "load": "checkpoints.load",

@@ -72,7 +72,7 @@ class Training:
 
     steps: int = 1000  # updates of the parameters
     batch_size: int = 64  # images per update, over all devices
-    accumulation: int = 1  # microbatches that a batch is split into, to save memory
+    grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
     save_every: int = 100  # steps between saved states; the last step is always saved
 
@@ -118,7 +118,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "data.image_size": (1, 4096),
     "training.steps": (1, 10**8),
     "training.batch_size": (1, 2**17),
-    "training.accumulation": (1, 2**17),
+    "training.grad_accum_steps": (1, 2**17),
     "training.eval_every": (1, _INT32),
     "training.save_every": (1, _INT32),
     "run.eval_batch_size": (1, 2**17),
@@ -212,10 +212,10 @@ def check(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be shorter than the run, "
             f"training.steps = {config.training.steps}"
         )
-    if config.training.batch_size % config.training.accumulation:
+    if config.training.batch_size % config.training.grad_accum_steps:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} does not divide into "
-            f"training.accumulation = {config.training.accumulation} slices"
+            f"training.grad_accum_steps = {config.training.grad_accum_steps} slices"
         )
 
 

@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.__main__ import main
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
-from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
 from vit_jax.checkpoints.load import load
 from vit_jax.errors import CheckpointError
+from vit_jax.formats.google import read_meta, read_npz, save_npz
 from vit_jax.models.intermediates import stages
 from vit_jax.models.variants import build, shapes
 
@@ -203,7 +203,7 @@ def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
         ((0, 16, 16, 3), "should hold `images`"),
     ],
 )
-def test_check_against_pictures_of_another_size(capsys, tiny, tmp_path, shape, said):
+def test_check_against_images_of_another_size(capsys, tiny, tmp_path, shape, said):
     np.savez(tmp_path / "io.npz", images=np.zeros(shape, np.float32), features=np.zeros((2, 32), np.float32))
     assert main(["check", str(tiny), "--against", str(tmp_path / "io.npz")]) == 1
     error = capsys.readouterr().err

@@ -27,9 +27,9 @@ from vit_jax import files, transfer
 from vit_jax.checkpoints import catalogue, download
 from vit_jax.checkpoints.catalogue import PUBLISHED, Published
 from vit_jax.checkpoints.download import best, fetch, find, local
-from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
-from vit_jax.checkpoints.torch_models import to_huggingface, to_timm
 from vit_jax.errors import CheckpointError
+from vit_jax.formats.google import read_meta, read_npz, save_npz
+from vit_jax.interop.torch_models import to_huggingface, to_timm
 from vit_jax.models.variants import build, shapes
 
 NAME = "imagenet21k/Nano_8"

@@ -1,4 +1,4 @@
-"""From a file to a model: heads, picture sizes, and files that are no such model."""
+"""From a file to a model: heads, image sizes, and files that are no such model."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.load import load, resize_positions
 from vit_jax.errors import CheckpointError
+from vit_jax.formats.google import save_npz
 from vit_jax.models.variants import VARIANTS, build, count, shapes
 
 
@@ -67,14 +67,14 @@ def test_positions_are_resized_as_the_original_does(grid, class_row):
     assert np.array_equal(found[:, : int(class_row)], positions[:, : int(class_row)])
 
 
-def test_a_rectangular_picture(saved):
+def test_a_rectangular_image(saved):
     model, params = load(saved(), image_size=(16, 48))
     logits = model.apply({"params": params}, np.zeros((1, 16, 48, 3), np.float32))
     assert logits.shape == (1, 5)
 
 
 @pytest.mark.parametrize("image_size", [30, (32, 20), 0, -8])
-def test_a_picture_size_that_patches_do_not_divide(saved, image_size):
+def test_an_image_size_that_patches_do_not_divide(saved, image_size):
     with pytest.raises(ValueError, match="does not divide into patches: .*x.npz wants multiples of 8 pixels"):
         load(saved(), image_size=image_size)
 

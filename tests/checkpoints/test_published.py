@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.google import save_npz
 from vit_jax.checkpoints.load import load
+from vit_jax.formats.google import save_npz
 from vit_jax.models.variants import build, from_tree, shapes
 
 AUGREG = ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/16", "R+Ti/16", "R26+S/32", "R50+L/32")

@@ -28,19 +28,19 @@ def left_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
-def by_digest(pictures, labels):
-    """Digest of a picture -> its label: what a split holds, in whatever order."""
-    return {hashlib.sha256(picture).digest(): int(label) for picture, label in zip(pictures, labels, strict=True)}
+def by_digest(images, labels):
+    """Digest of an image -> its label: what a split holds, in whatever order."""
+    return {hashlib.sha256(image).digest(): int(label) for image, label in zip(images, labels, strict=True)}
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
-def test_pictures_and_labels_come_back_as_they_went_in(tiny, records, pack, tmp_path, compression):
+def test_images_and_labels_come_back_as_they_went_in(tiny, records, pack, tmp_path, compression):
     folder = prepare.prepare(tiny, pack(compression), tmp_path / "data")
     assert folder == tmp_path / "data" / "cifar100" / "3.0.2"
     for split, made in records.items():
         source = open_split(tiny, split, tmp_path / "data")
-        pictures = made[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        assert by_digest(*source.take(np.arange(len(source)))) == by_digest(np.ascontiguousarray(pictures), made[:, 1])
+        images = made[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        assert by_digest(*source.take(np.arange(len(source)))) == by_digest(np.ascontiguousarray(images), made[:, 1])
         assert source.class_names == [f"label_{i}" for i in range(100)]
     assert not any("incomplete" in name for name in left_in(tmp_path / "data"))
 
@@ -354,10 +354,10 @@ def test_an_excerpt_depends_on_neither_packing_nor_order(tiny, records, files, p
 
     source = open_split(task, "train", tmp_path / "one")
     assert source.class_names == ["label_7", "label_3"]
-    pictures, labels = source.take(np.arange(2))
+    images, labels = source.take(np.arange(2))
     for new, old in enumerate((7, 3)):
         smallest = min(records["train"][records["train"][:, 1] == old], key=lambda record: hashlib.sha256(record).digest())
-        np.testing.assert_array_equal(pictures[labels == new][0], smallest[2:].reshape(3, 32, 32).transpose(1, 2, 0))
+        np.testing.assert_array_equal(images[labels == new][0], smallest[2:].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_an_excerpt_of_what_is_not_there_is_refused(tiny, pack, tmp_path):
@@ -399,10 +399,10 @@ def test_the_real_cifar100(prepared_cifar100):
     task = tasks.task("cifar100")
     for split, count in (("train", 500), ("test", 100)):
         source = open_split(task, split, prepared_cifar100)
-        pictures, labels = source.take(np.arange(len(source)))
+        images, labels = source.take(np.arange(len(source)))
         np.testing.assert_array_equal(np.bincount(labels), [count] * 100)
         if split == "train":
-            scaled = pictures.reshape(-1, 3) / np.float64(255)
+            scaled = images.reshape(-1, 3) / np.float64(255)
             np.testing.assert_allclose(scaled.mean(0), [0.50708, 0.48655, 0.44092], atol=1e-5)
             np.testing.assert_allclose(scaled.std(0), [0.26733, 0.25644, 0.27615], atol=1e-5)
     assert source.class_names[:3] == ["apple", "aquarium_fish", "baby"]

@@ -22,25 +22,25 @@ def test_the_shipped_excerpt_holds_what_it_should():
     names = ["lion", "sunflower", "bicycle", "castle", "dolphin", "orange", "bottle", "butterfly", "mountain", "clock"]
     for split, count in (("train", 100), ("test", 50)):
         source = open_split(EXCERPT, split)
-        assert (len(source), source.num_classes, source.picture_shape) == (10 * count, 10, (32, 32, 3))
+        assert (len(source), source.num_classes, source.image_shape) == (10 * count, 10, (32, 32, 3))
         assert source.nbytes == 10 * count * 3072
         assert source.class_names == names
-        pictures, labels = source.take(np.arange(len(source)))
-        assert (pictures.dtype, pictures.shape, labels.dtype) == (np.uint8, (10 * count, 32, 32, 3), np.int32)
+        images, labels = source.take(np.arange(len(source)))
+        assert (images.dtype, images.shape, labels.dtype) == (np.uint8, (10 * count, 32, 32, 3), np.int32)
         assert np.bincount(labels).tolist() == [count] * 10
-        # A lion is yellow, a dolphin blue: labels belong to their pictures, channels to their colours.
-        red, _, blue = pictures[labels == 0].mean((0, 1, 2))
+        # A lion is yellow, a dolphin blue: labels belong to their images, channels to their colours.
+        red, _, blue = images[labels == 0].mean((0, 1, 2))
         assert red > blue
-        red, _, blue = pictures[labels == 4].mean((0, 1, 2))
+        red, _, blue = images[labels == 4].mean((0, 1, 2))
         assert blue > red
 
 
 def test_take_follows_the_index():
     source = open_split(EXCERPT, "test")
-    pictures, labels = source.take(np.arange(500))
+    images, labels = source.take(np.arange(500))
     index = np.array([3, 499, 0, 3, 77], np.int32)
     some, of_them = source.take(index)
-    np.testing.assert_array_equal(some, pictures[index])
+    np.testing.assert_array_equal(some, images[index])
     np.testing.assert_array_equal(of_them, labels[index])
     nothing, none = source.take(np.array([], np.int32))
     assert (nothing.shape, none.shape) == ((0, 32, 32, 3), (0,))

@@ -109,7 +109,7 @@ def test_each_dropout_is_read(name):
         ((1, 48, 32, 3), "make 7 tokens of 32 values, the parameters hold positions for 5 of 32"),
     ],
 )
-def test_pictures_that_do_not_fit(shape, message):
+def test_images_that_do_not_fit(shape, message):
     model, params, _ = make()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, jnp.zeros(shape))

@@ -1,4 +1,4 @@
-"""The classifier: the numbers of evaluation, whatever form the pictures come in, and few of them in memory at a time."""
+"""The classifier: the numbers of evaluation, whatever form the images come in, and few of them in memory at a time."""
 
 import importlib.resources
 import io
@@ -14,15 +14,14 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax.checkpoints.google import save_npz
 from vit_jax.config import Augment, Config, Data, Model, Optimizer, Run, Training
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ImageError
-from vit_jax.models.intermediates import attention_maps
+from vit_jax.formats.google import save_npz
+from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.predict import Classifier, names
 from vit_jax.predict.classifier import _THREADS
-from vit_jax.reports.attention import rollout
 from vit_jax.training import devices
 from vit_jax.training.assemble import assemble
 from vit_jax.training.evaluate import predictions
@@ -44,7 +43,7 @@ def config(tmp_path):
 
 
 def compare(run, logits, tmp_path):
-    """Holds the classifier against a run's predictions, given PNG files of the same pictures."""
+    """Holds the classifier against a run's predictions, given PNG files of the same images."""
     logits = logits.astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert np.ptp(expected, axis=0).max() > 0.1  # or there is nothing to compare
@@ -74,7 +73,7 @@ def test_the_probabilities_of_a_run(config, tmp_path):
         compare(tmp_path / "run", found["logits"], tmp_path)
 
 
-def test_a_picture_in_every_form(classify, noise, tmp_path):
+def test_an_image_in_every_form(classify, noise, tmp_path):
     pixels = noise(40, 50)
     path = tmp_path / "a.png"
     Image.fromarray(pixels).save(path)
@@ -110,12 +109,12 @@ def test_probabilities_and_names(classify, noise):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_do_not_change_the_numbers(run, classify, noise, batch_size):
-    pictures = [noise(20 + number, 30) for number in range(7)]
-    found = Classifier(run, batch_size).probabilities(pictures)
-    np.testing.assert_allclose(found, classify.probabilities(pictures), atol=1e-6, rtol=0)
+    images = [noise(20 + number, 30) for number in range(7)]
+    found = Classifier(run, batch_size).probabilities(images)
+    np.testing.assert_allclose(found, classify.probabilities(images), atol=1e-6, rtol=0)
 
 
-def test_pictures_of_all_sizes_compile_one_program(run, noise):
+def test_images_of_all_sizes_compile_one_program(run, noise):
     classify = Classifier(run, batch_size=4)
     classify([noise() for _ in range(4)])
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
@@ -125,33 +124,33 @@ def test_pictures_of_all_sizes_compile_one_program(run, noise):
     assert compiled == []
 
 
-def test_a_bad_picture_is_raised_or_told(classify, noise, tmp_path):
-    pictures = [noise(), tmp_path / "none.png", noise()]
+def test_a_bad_image_is_raised_or_told(classify, noise, tmp_path):
+    images = [noise(), tmp_path / "none.png", noise()]
     for method in (classify, classify.probabilities, classify.attention):
         with pytest.raises(ImageError, match=r"there is no file .*none\.png"):
-            method(pictures)
-    with pytest.raises(ImageError, match=r"^pictures\[1\] has pixels of type float32"):
+            method(images)
+    with pytest.raises(ImageError, match=r"^images\[1\] has pixels of type float32"):
         classify([noise(), np.zeros((2, 2, 3), np.float32)])
-    with pytest.raises(ImageError, match="a picture is a path, a PIL picture or a uint8 array, got int"):
+    with pytest.raises(ImageError, match="an image is a path, a PIL image or a uint8 array, got int"):
         classify([7])
-    told = list(classify.stream([("a", pictures[0]), ("b", pictures[1]), ("c", pictures[2])]))
+    told = list(classify.stream([("a", images[0]), ("b", images[1]), ("c", images[2])]))
     assert [name for name, _ in told] == ["a", "b", "c"]
     assert isinstance(told[1][1], ImageError)
-    assert [told[0][1], told[2][1]] == classify([pictures[0], pictures[2]])
+    assert [told[0][1], told[2][1]] == classify([images[0], images[2]])
 
 
-def test_few_pictures_are_on_their_way(run, noise):
+def test_few_images_are_on_their_way(run, noise):
     """However many there are: what is read ahead, a batch that fills and two that are computed."""
     classify, given, most = Classifier(run, batch_size=4), 0, 0
-    picture = noise()
+    image = noise()
 
-    def pictures():
+    def images():
         nonlocal given
         for number in range(500):
             given += 1
-            yield str(number), picture
+            yield str(number), image
 
-    for done, (name, _) in enumerate(classify.stream(pictures())):
+    for done, (name, _) in enumerate(classify.stream(images())):
         assert name == str(done)
         most = max(most, given - done)
     assert done == 499
@@ -159,7 +158,7 @@ def test_few_pictures_are_on_their_way(run, noise):
 
 
 def test_reading_and_computing_overlap(run, noise):
-    """When the device has computed one batch, the next has been given to it and pictures of the one after that are read."""
+    """When the device has computed one batch, the next has been given to it and images of the one after that are read."""
     classify, events = Classifier(run, batch_size=4), []
     compute, reached = classify._probabilities, threading.Event()
     file = io.BytesIO()
@@ -180,7 +179,7 @@ def test_reading_and_computing_overlap(run, noise):
     assert events == ["computes", "computes"]
     assert reached.wait(10)  # although nobody asks for more
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pictures")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def test_attention_is_the_rollout_of_the_maps(classify, noise):
@@ -188,7 +187,7 @@ def test_attention_is_the_rollout_of_the_maps(classify, noise):
     images = (pixels[None].astype(np.float32) / 255 - np.array([[[[0.5, 0.4, 0.3]]]], np.float32)) / np.array(
         [[[[0.3, 0.2, 0.1]]]], np.float32
     )
-    expected = rollout(attention_maps(classify.model, classify.params, images))
+    expected = attention_rollout(attention_maps(classify.model, classify.params, images))
     found = classify.attention([pixels, noise()])
     assert found.shape == (2, 4, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5, rtol=0)
@@ -236,7 +235,7 @@ def test_unreadable_weights_are_named_in_the_error(run, monkeypatch):
 
 def test_what_is_assumed_of_weights_is_said(tmp_path, caplog):
     """Of those that may be of any origin; Google's are known by their names, as in the test of names."""
-    scaling = "nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed"
+    scaling = "nothing beside %s says how images are scaled: Google's [-1, 1] is assumed"
     naming = "nothing beside %s names its 7 classes: they are called by their numbers"
     for name, meta, expected in (
         ("bare.npz", None, [naming, scaling]),
@@ -251,7 +250,7 @@ def test_what_is_assumed_of_weights_is_said(tmp_path, caplog):
         assert caplog.messages == [sentence % path for sentence in expected]
 
 
-def test_a_picture_need_not_be_seen_as_a_square(tmp_path, noise):
+def test_an_image_need_not_be_seen_as_a_square(tmp_path, noise):
     path = save(tmp_path / "wide.npz", META | {"image_size": [16, 64]})
     classify = Classifier(path)
     assert classify.image_size == (16, 64) and classify.attention(noise()).shape == (1, 2, 8)
@@ -266,7 +265,7 @@ def test_the_names_of_published_heads(caplog):
         "lion, king of beasts, Panthera leo",
         "toilet tissue, toilet paper, bathroom tissue",
     )
-    assert (both[1][9205], both[1][15027]) == ("picture, image, icon, ikon", "bleacher")
+    assert (both[1][9205], both[1][15027]) == ("image, image, icon, ikon", "bleacher")
     assert [both[0].index(f"crane ({synset})") for synset in ("n02012849", "n03126707")] == [134, 517]
     for name, classes, expected in (
         ("ViT-B_16.npz", 21843, both[1]),

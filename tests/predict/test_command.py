@@ -1,4 +1,4 @@
-"""The command line: every picture answered or named, whatever else is wrong."""
+"""The command line: every image answered or named, whatever else is wrong."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.errors import ImageError
-from vit_jax.predict import pictures
+from vit_jax.predict import images
 from vit_jax.predict.__main__ import _DRAWN, main
 
 from .conftest import NAMES, save
@@ -22,27 +22,27 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(noise, tmp_path):
-    """Three good pictures, of which one lies deeper, and two bad ones."""
+    """Three good images, of which one lies deeper, and two bad ones."""
     (tmp_path / "deep").mkdir()
     for name in ("a.png", "c.png", "deep/d.png"):
         Image.fromarray(noise(20, 40)).save(tmp_path / name)
-    (tmp_path / "b.jpg").write_text("no picture")
+    (tmp_path / "b.jpg").write_text("no image")
     (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
     return tmp_path
 
 
-def test_every_picture_is_answered_or_named(run, classify, folder, capsys):
+def test_every_image_is_answered_or_named(run, classify, folder, capsys):
     good = [str(folder / name) for name in ("a.png", "c.png", "deep/d.png")]
     assert main(["--checkpoint", str(run), "--json", "--top", "3", str(folder), str(folder / "none.png")]) == 1
     out, error = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["picture"] for line in lines] == good
+    assert [line["image"] for line in lines] == good
     for line, expected in zip(lines, classify(good, top=3), strict=True):
         assert [found["name"] for found in line["predictions"]] == [name for name, _ in expected]
         np.testing.assert_allclose([found["probability"] for found in line["predictions"]], [p for _, p in expected], atol=1e-6)
     said = error.splitlines()
     assert len(said) == 3 and all(sentence.startswith("error: ") for sentence in said)
-    assert f"{folder}/b.jpg is no picture" in said[0] and f"{folder}/e.png cannot be read" in said[1] and "none.png" in said[2]
+    assert f"{folder}/b.jpg is no image" in said[0] and f"{folder}/e.png cannot be read" in said[1] and "none.png" in said[2]
 
 
 def test_text_for_people(run, classify, folder, capsys):
@@ -63,7 +63,7 @@ def test_standard_input(run, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes())))
     assert main(["--checkpoint", str(run), "-", "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
-    assert line["picture"] == "standard input" and {found["name"] for found in line["predictions"]} < set(NAMES)
+    assert line["image"] == "standard input" and {found["name"] for found in line["predictions"]} < set(NAMES)
     assert main(["--checkpoint", str(run), "-"]) == 1
     assert capsys.readouterr().err == "error: standard input is empty\n"
 
@@ -103,15 +103,15 @@ runpy.run_module("vit_jax.predict", run_name="__main__")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-def test_a_picture_that_goes_before_it_is_drawn(run, folder, capsys, monkeypatch):
-    read = pictures.picture
+def test_an_image_that_goes_before_it_is_drawn(run, folder, capsys, monkeypatch):
+    read = images.open_image
 
-    def picture(source, size, name):
+    def open_image(source, size, name):
         if size == (_DRAWN, _DRAWN):
             raise ImageError(f"there is no file {name}")
         return read(source, size, name)
 
-    monkeypatch.setattr(pictures, "picture", picture)
+    monkeypatch.setattr(images, "open_image", open_image)
     assert main(["--checkpoint", str(run), str(folder / "a.png"), "--attention", str(folder / "x.png")]) == 1
     assert capsys.readouterr().err == f"error: there is no file {folder}/a.png\n"
 
@@ -139,7 +139,7 @@ def test_attention_is_refused_where_there_is_none(folder, tmp_path, capsys):
         (["x.png", "--top", "0"], "argument --top: expected a whole number from 1 on, got '0'"),
         (["x.png", "--batch_size", "x"], "argument --batch_size: expected a whole number from 1 on, got 'x'"),
         (["x.png", "--attention", "x.jpg"], "argument --attention: expected a name that ends in .png, got 'x.jpg'"),
-        ([f"{number}.png" for number in range(65)] + ["--attention", "x.png"], "draws 64 pictures at most, these are 65"),
+        ([f"{number}.png" for number in range(65)] + ["--attention", "x.png"], "draws 64 images at most, these are 65"),
         ([], "the following arguments are required: PICTURE"),
         (["x.png", "--colour"], "unrecognized arguments: --colour"),
     ],
@@ -189,9 +189,9 @@ def test_warnings_about_weights_print_names_without_control_characters(folder, c
     assert said.count("bare\\x1b[31m\\u202e.npz") == 2 and "attention: " in said and not {"\x1b", "\u202e"} & {*said}
 
 
-def test_a_folder_without_pictures(run, tmp_path, capsys):
+def test_a_folder_without_images(run, tmp_path, capsys):
     assert main(["--checkpoint", str(run), str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path} is a folder without pictures\n"
+    assert capsys.readouterr().err == f"error: {tmp_path} is a folder without images\n"
 
 
 def test_it_runs_as_a_module_and_bears_a_reader_who_leaves(run, folder):
@@ -203,7 +203,7 @@ def test_it_runs_as_a_module_and_bears_a_reader_who_leaves(run, folder):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert json.loads(process.stdout.readline())["picture"] == str(folder / "a.png")
+    assert json.loads(process.stdout.readline())["image"] == str(folder / "a.png")
     process.stdout.close()
     error = process.stderr.read()
     process.stderr.close()

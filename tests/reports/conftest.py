@@ -19,7 +19,7 @@ from vit_jax.models.variants import build, shapes
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a finished run: 12 steps of a tiny ViT on a part of the embedded pictures, evaluated every 4."""
+    """The folder of a finished run: 12 steps of a tiny ViT on a part of the embedded images, evaluated every 4."""
     from vit_jax.training.loop import train
 
     folder = tmp_path_factory.mktemp("runs")

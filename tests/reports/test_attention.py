@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from vit_jax.checkpoints.load import load
-from vit_jax.models.intermediates import attention_maps
+from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.variants import build
-from vit_jax.reports.attention import distances, rollout
+from vit_jax.reports.attention import distances
 from vit_jax.transforms.preprocess import preprocess
 
 
@@ -21,30 +21,30 @@ def maps_of(layers, batch, heads, tokens, seed=0):
 
 
 def plain_rollout(maps, grid):
-    """As the report words it, a picture and a layer at a time, with whole matrices."""
-    pictures = []
+    """As the report words it, an image and a layer at a time, with whole matrices."""
+    images = []
     for at in range(maps.shape[1]):
         product = np.eye(maps.shape[-1])
         for layer in maps[:, at].astype(np.float64):
             mixed = layer.mean(axis=0) + np.eye(maps.shape[-1])
             product = (mixed / mixed.sum(axis=-1)[:, None]) @ product
         row = product[0, 1:].reshape(grid)
-        pictures.append(row / row.max())
-    return np.stack(pictures)
+        images.append(row / row.max())
+    return np.stack(images)
 
 
 def plain_distances(maps, stride, grid, first):
-    """The mean over pictures and queries of the mean distance to the keys, weighted by the attention."""
+    """The mean over images and queries of the mean distance to the keys, weighted by the attention."""
     layers, batch, heads, tokens, _ = maps.shape
     result = np.zeros((layers, heads))
     for layer in range(layers):
         for head in range(heads):
             total = 0.0
-            for picture in range(batch):
+            for image in range(batch):
                 for query in range(tokens - first):
                     weights, sums = 0.0, 0.0
                     for key in range(tokens - first):
-                        weight = float(maps[layer, picture, head, first + query, first + key])
+                        weight = float(maps[layer, image, head, first + query, first + key])
                         far = np.hypot(query // grid[1] - key // grid[1], query % grid[1] - key % grid[1])
                         weights, sums = weights + weight, sums + weight * far
                     total += stride * sums / weights
@@ -55,7 +55,7 @@ def plain_distances(maps, stride, grid, first):
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5), (5, 2), (1, 1)])
 def test_equal_to_the_plain_computation(grid):
     maps = maps_of(3, 2, 2, grid[0] * grid[1] + 1)
-    found = rollout(maps, grid)
+    found = attention_rollout(maps, grid)
     assert found.dtype == np.float32 and found.shape == (2, *grid) and (found.max(axis=(1, 2)) == 1).all()
     np.testing.assert_allclose(found, plain_rollout(maps, grid), atol=1e-6, rtol=0)
     for first in (0, 1):  # without a class token and with one
@@ -67,15 +67,15 @@ def test_equal_to_the_plain_computation(grid):
 
 def test_a_square_grid_needs_no_telling():
     maps = maps_of(2, 3, 2, 17)
-    assert (rollout(maps) == rollout(maps, (4, 4))).all()
+    assert (attention_rollout(maps) == attention_rollout(maps, (4, 4))).all()
     assert (distances(maps, 8) == distances(maps, 8, (4, 4))).all()
-    assert (rollout(jnp.asarray(maps)) == rollout(maps)).all()
+    assert (attention_rollout(jnp.asarray(maps)) == attention_rollout(maps)).all()
 
 
 def test_maps_of_a_model_that_computes_in_bfloat16():
     maps = jnp.asarray(maps_of(2, 2, 2, 10), jnp.bfloat16)
     exact = np.asarray(maps, np.float32)
-    np.testing.assert_allclose(rollout(maps), rollout(exact), atol=1e-6)
+    np.testing.assert_allclose(attention_rollout(maps), attention_rollout(exact), atol=1e-6)
     np.testing.assert_allclose(distances(maps, 8), distances(exact, 8), rtol=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_attention_that_stays_where_it_is():
 )
 def test_rollout_is_refused_where_there_is_no_class_row(shape, grid, said):
     with pytest.raises(ValueError, match="attention maps|tokens") as error:
-        rollout(np.ones(shape, np.float32), grid)
+        attention_rollout(np.ones(shape, np.float32), grid)
     assert said in str(error.value)
 
 
@@ -118,7 +118,7 @@ def test_equal_to_the_originals(shared, name):
     theirs = io["up_attn"]
     np.testing.assert_allclose(maps, theirs, atol=1e-5 * theirs.max(), rtol=0)
     grid = (size // model.stride,) * 2
-    np.testing.assert_allclose(rollout(maps), plain_rollout(theirs, grid), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(attention_rollout(maps), plain_rollout(theirs, grid), atol=1e-5, rtol=0)
     expected = plain_distances(theirs, model.stride, grid, 1)
     np.testing.assert_allclose(distances(maps, model.stride), expected, atol=1e-5 * expected.max(), rtol=0)
 
@@ -129,7 +129,7 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 
 
 def squares(count, seed):
-    """Pictures, classes and places of a bright square among noise. Every patch is tinted; the class is the square's tint.
+    """Images, classes and places of a bright square among noise. Every patch is tinted; the class is the square's tint.
 
     So a tint alone tells nothing, and the class token has to look at what is bright.
     """
@@ -139,8 +139,8 @@ def squares(count, seed):
     classes, places = draw.integers(0, 8, count), draw.integers(0, _GRID - _SQUARE + 1, (count, 2))
     for patch, tint, (y, x) in zip(patches, tints[classes], places, strict=True):
         patch[y : y + _SQUARE, x : x + _SQUARE] = 1 + tint
-    pictures = patches.repeat(_PATCH, axis=1).repeat(_PATCH, axis=2)
-    return pictures + draw.normal(scale=0.2, size=pictures.shape).astype(np.float32), classes, places
+    images = patches.repeat(_PATCH, axis=1).repeat(_PATCH, axis=2)
+    return images + draw.normal(scale=0.2, size=images.shape).astype(np.float32), classes, places
 
 
 def test_a_model_that_finds_a_bright_square_attends_to_it():
@@ -150,26 +150,28 @@ def test_a_model_that_finds_a_bright_square_attends_to_it():
     start = _jit(lambda key: model.init(key, blank)["params"])(jax.random.key(1))
 
     @_jit
-    def step(params, state, pictures, classes):
+    def step(params, state, images, classes):
         def loss(params):
-            logits = model.apply({"params": params}, pictures)
+            logits = model.apply({"params": params}, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
 
     trained, state = start, _jit(optimizer.init)(start)
-    pictures, classes, _ = squares(150 * 64, seed=1)
-    for at in range(0, len(pictures), 64):
-        trained, state = step(trained, state, pictures[at : at + 64], classes[at : at + 64])
+    images, classes, _ = squares(150 * 64, seed=1)
+    for at in range(0, len(images), 64):
+        trained, state = step(trained, state, images[at : at + 64], classes[at : at + 64])
 
-    pictures, classes, places = squares(256, seed=2)
-    look = _jit(lambda params: (model.apply({"params": params}, pictures), attention_maps(model, params, pictures)))
+    images, classes, places = squares(256, seed=2)
+    look = _jit(lambda params: (model.apply({"params": params}, images), attention_maps(model, params, images)))
 
     def found(params):
-        """The shares of pictures whose class is right and of those whose peak lies in the square."""
+        """The shares of images whose class is right and of those whose peak lies in the square."""
         logits, maps = look(params)
-        peaks = np.stack(np.unravel_index(rollout(maps).reshape(len(pictures), -1).argmax(axis=1), (_GRID, _GRID)), axis=1)
+        peaks = np.stack(
+            np.unravel_index(attention_rollout(maps).reshape(len(images), -1).argmax(axis=1), (_GRID, _GRID)), axis=1
+        )
         inside = ((peaks >= places) & (peaks < places + _SQUARE)).all(axis=1)
         return np.mean(logits.argmax(axis=1) == classes), inside.mean()
 
@@ -181,4 +183,4 @@ def test_a_model_that_finds_a_bright_square_attends_to_it():
 
 def test_a_class_token_that_looks_at_itself_alone_gives_zeros():
     maps = np.broadcast_to(np.eye(5), (2, 1, 3, 5, 5))
-    assert not rollout(maps).any()
+    assert not attention_rollout(maps).any()

@@ -135,31 +135,31 @@ def test_curves_of_a_run_that_has_just_begun(lines):
     drawn(figures.curves({"one": lines}))
 
 
-def test_pictures_are_shown_as_they_are():
+def test_images_are_shown_as_they_are():
     draw = np.random.default_rng(0)
     originals = draw.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     seen = draw.random((5, 16, 16, 3))
-    figure = figures.training_pictures(originals, seen, [f"$name {i}_" for i in range(5)])
+    figure = figures.training_images(originals, seen, [f"$name {i}_" for i in range(5)])
     assert texts(figure.axes[0]) == [f"$name {i}_" for i in range(5)]
     canvas = drawn(figure)
-    # Every colour of every picture is there, and in the place of a picture's pixel there is its colour.
+    # Every colour of every image is there, and in the place of an image's pixel there is its colour.
     colours = set(map(tuple, np.rint(255 * canvas.reshape(-1, 3)).astype(int)))
     assert set(map(tuple, originals.reshape(-1, 3).astype(int))) <= colours
     assert set(map(tuple, np.rint(255 * seen.reshape(-1, 3)).astype(int))) <= colours
     assert canvas.shape[1] == 800
 
 
-def test_pictures_that_are_not_square_keep_their_shape():
+def test_images_that_are_not_square_keep_their_shape():
     figures_of = [np.zeros((8, 16, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)]
-    for picture in figures_of:
-        canvas = drawn(figures.mistakes(np.stack([picture]), ["a\nb"]))
+    for image in figures_of:
+        canvas = drawn(figures.mistakes(np.stack([image]), ["a\nb"]))
         dark = (canvas.sum(axis=-1) == 0)[50:]
         height, width = (np.flatnonzero(dark.any(axis=axis)).size for axis in (1, 0))
-        assert height / width == pytest.approx(picture.shape[0] / picture.shape[1], rel=0.05)
+        assert height / width == pytest.approx(image.shape[0] / image.shape[1], rel=0.05)
 
 
 @pytest.mark.parametrize("colour", [(1, 1, 1), (0, 0, 0), (1, 0, 0)])
-def test_rollout_has_its_colours_over_pictures_of_any(colour):
+def test_rollout_has_its_colours_over_images_of_any(colour):
     mask = np.full((1, 4, 4), 0.5, np.float32)
     mask[0, 3, 0] = 1
     figure = figures.rollout(np.broadcast_to(colour, (1, 32, 32, 3)), {"after": mask}, ["plain"])

@@ -17,13 +17,13 @@ import pytest
 
 from vit_jax import config as configuration
 from vit_jax.checkpoints import download
-from vit_jax.checkpoints.google import read_npz, save_npz
 from vit_jax.checkpoints.load import load
 from vit_jax.config import from_json
 from vit_jax.data import batches
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.errors import ReportError
+from vit_jax.formats.google import read_npz, save_npz
 from vit_jax.models.intermediates import attention_maps
 from vit_jax.reports import attention, drawings, figures
 from vit_jax.reports.__main__ import main
@@ -35,17 +35,17 @@ from vit_jax.training.step import AUGMENT, loss_of, stream
 from vit_jax.transforms.preprocess import for_training
 
 FIGURES = {
-    *("curves", "training_pictures", "rollout", "attention_distance", "classes", "confusion"),
+    *("curves", "training_images", "rollout", "attention_distance", "classes", "confusion"),
     *("reliability", "mistakes", "filters", "positions"),
 }
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds: its pictures' attributes, its titles of figures, its text, and every address in it."""
+    """What a page holds: its images' attributes, its titles of figures, its text, and every address in it."""
 
     def __init__(self, path: Path):
         super().__init__()
-        self.pictures, self.titles, self.addresses, self.tags, self._text = [], [], [], set(), []
+        self.images, self.titles, self.addresses, self.tags, self._text = [], [], [], set(), []
         self.source = path.read_text()
         self.feed(self.source)
         self.text = " ".join(" ".join(self._text).split())
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
         self.tags.add(tag)
         self.addresses += [values[name] for name in ("src", "href", "srcset", "action", "data") if values.get(name)]
         if tag == "img":
-            self.pictures.append(values)
+            self.images.append(values)
 
     def handle_data(self, data):
         self._text.append(data)
@@ -81,10 +81,10 @@ def test_everything_is_on_the_page_and_the_page_needs_nothing_else(run):
     path = write(run)
     assert path == run / "report.html"
     page = Page(path)
-    assert drawn(run) == FIGURES and len(page.pictures) == len(FIGURES)
-    for picture in page.pictures:
-        assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 20
-        assert int(picture["width"]) == 500 and int(picture["height"]) > 0
+    assert drawn(run) == FIGURES and len(page.images) == len(FIGURES)
+    for image in page.images:
+        assert image["src"].startswith("data:image/png;base64,") and len(image["alt"]) > 20
+        assert int(image["width"]) == 500 and int(image["height"]) > 0
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "script" not in page.tags and not re.search(r"url\(|@import", page.source)
     assert {"main", "section", "h1", "h2", "figure", "figcaption", "table", "th"} <= page.tags
@@ -112,7 +112,7 @@ def test_the_numbers_are_those_of_the_files(run, unrendered):
 
 def test_speed_and_time_are_those_of_the_steps(run, unrendered):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:  # 16 pictures each: 5 steps of 8 s, 7 of 4 s
+    for line in lines:  # 16 images each: 5 steps of 8 s, 7 of 4 s
         line["train/images_per_second"] = 2.0 if line["step"] <= 5 else 4.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = Page(write(run)).text
@@ -132,11 +132,11 @@ def given(monkeypatch):
     return found
 
 
-def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(run, given):
+def test_figures_of_attention_are_of_the_run_s_own_images_weights_and_scaling(run, given):
     edit(run, data__normalization="dataset")
     source, row = open_split(TASKS["cifar100_excerpt"], "test[:100]"), TASKS["cifar100_excerpt"]
-    pictures, labels = source.take(np.arange(100))
-    # Of each class, the first picture is wrong and the surest of all; the third is right, and surer than what is right else.
+    pixels, labels = source.take(np.arange(100))
+    # Of each class, the first image is wrong and the surest of all; the third is right, and surer than what is right else.
     logits = np.zeros((100, 10), np.float32)
     logits[np.arange(100), labels] = 2
     firsts = [np.flatnonzero(labels == number) for number in range(10)]
@@ -147,14 +147,14 @@ def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(
     list(drawings.looks(read(run), drawings.Look(4, layers=(1, 2), heads=(2,))))
 
     chosen = [firsts[number][2] for number in (0, 3, 6, 9)]
-    images = (pictures[chosen] / 255 - np.array(row.mean)) / np.array(row.std)
+    images = (pixels[chosen] / 255 - np.array(row.mean)) / np.array(row.std)
     start = json.loads((run / "config.json").read_text())["model"]["checkpoint"]
     maps = {
         name: np.asarray(attention_maps(*load(path, num_classes=0, image_size=32), images.astype(np.float32)))
         for name, path in (("before", start), ("fine-tuned", run / "final.npz"))
     }
     [(shown, masks, names)] = given["rollout"]
-    np.testing.assert_allclose(shown, pictures[chosen] / 255, atol=1e-6)
+    np.testing.assert_allclose(shown, pixels[chosen] / 255, atol=1e-6)
     assert names == [f"{source.class_names[number]}, image {at}" for number, at in zip((0, 3, 6, 9), chosen, strict=True)]
     [(far,)] = given["attention_distance"]
     assert list(masks) == list(far) == list(maps)
@@ -162,8 +162,8 @@ def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(
         np.testing.assert_allclose(masks[name], attention.rollout(those), atol=1e-5)
         np.testing.assert_allclose(far[name], attention.distances(those, 8), rtol=1e-5)
     assert len(given["heads"]) == 4
-    for number, (picture, apart) in enumerate(given["heads"]):
-        np.testing.assert_allclose(picture, pictures[chosen[number]] / 255, atol=1e-6)
+    for number, (image, apart) in enumerate(given["heads"]):
+        np.testing.assert_allclose(image, pixels[chosen[number]] / 255, atol=1e-6)
         assert list(apart) == ["layer 1, head 2", "layer 2, head 2"]
         for layer, found in enumerate(apart.values()):
             expected = maps["fine-tuned"][layer, number, 1, 0, 1:].reshape(4, 4)
@@ -172,7 +172,7 @@ def test_figures_of_attention_are_of_the_run_s_own_pictures_weights_and_scaling(
 
 def test_figures_of_predictions_and_weights_are_those_of_the_files(run, given):
     source = open_split(TASKS["cifar100_excerpt"], "test[:100]")
-    pictures, labels = source.take(np.arange(100))
+    pixels, labels = source.take(np.arange(100))
     logits = np.random.default_rng(0).normal(size=(100, 10)).astype(np.float32)
     np.savez(run / "predictions.npz", logits=logits, labels=labels)
     list(drawings.predicted(read(run)))
@@ -184,7 +184,7 @@ def test_figures_of_predictions_and_weights_are_those_of_the_files(run, given):
             wrong.append((np.exp(row).max() / np.exp(row).sum(), at, row.argmax()))
     surest = sorted(wrong, reverse=True)[:12]
     [(shown, texts)] = given["mistakes"]
-    np.testing.assert_array_equal(shown, pictures[[at for _, at, _ in surest]])
+    np.testing.assert_array_equal(shown, pixels[[at for _, at, _ in surest]])
     name = source.class_names
     assert texts == [f"{name[labels[at]]}\n→ {100 * sure:.0f} % {name[said]}" for sure, at, said in surest]
     [(accuracies, _, counts)] = given["per_class"]
@@ -211,7 +211,7 @@ def test_versions_and_device_are_what_the_run_recorded(run, unrendered):
     assert "not recorded by this run" in Page(write(run)).text
 
 
-def test_training_pictures_are_exactly_what_the_model_gets(run, monkeypatch):
+def test_training_images_are_exactly_what_the_model_gets(run, monkeypatch):
     config = from_json((run / "config.json").read_text(), "")
     source = open_split(TASKS["cifar100_excerpt"], config.data.train_split)
     seen = []
@@ -229,12 +229,12 @@ def test_training_pictures_are_exactly_what_the_model_gets(run, monkeypatch):
     assert drawings._AUGMENT == AUGMENT
 
     shown = []
-    real = figures.training_pictures
-    monkeypatch.setattr(figures, "training_pictures", lambda *of: (shown.append(of), real(*of))[1])
-    list(drawings.training_pictures(read(run)))
-    originals, pictures, names = shown[0]
+    real = figures.training_images
+    monkeypatch.setattr(figures, "training_images", lambda *of: (shown.append(of), real(*of))[1])
+    list(drawings.training_images(read(run)))
+    originals, pixels, names = shown[0]
     assert (originals == images[:12]).all() and names == [source.class_names[label] for label in labels[:12]]
-    np.testing.assert_allclose(pictures, (seen[0][:12] + 1) / 2, atol=1e-6)
+    np.testing.assert_allclose(pixels, (seen[0][:12] + 1) / 2, atol=1e-6)
 
 
 def test_what_it_started_from_is_beside_it_and_where_it_is_gone_the_page_says_so(run, monkeypatch, unrendered):
@@ -294,7 +294,7 @@ def test_a_run_that_has_only_just_begun(run, journal, unrendered):
     page = Page(write(run))
     for said in ("there are no metrics yet", "There are no weights yet", "There are no predictions yet"):
         assert said in page.text
-    assert drawn(run) == {"training_pictures"}
+    assert drawn(run) == {"training_images"}
 
 
 def test_data_that_are_no_longer_prepared(run, tmp_path, unrendered):
@@ -322,7 +322,7 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(run, name, content, unren
     (run / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
     page = Page(write(run))
     assert str(run / name) in page.text and "Traceback" not in page.text
-    assert {"curves", "training_pictures"} <= drawn(run)
+    assert {"curves", "training_images"} <= drawn(run)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_folders_that_are_no_run(tmp_path, run):
 
 
 def test_single_layers_and_heads(run, unrendered):
-    page = Page(write(run, pictures=2, layers=[1, 2], heads=[2]))
+    page = Page(write(run, num_images=2, layers=[1, 2], heads=[2]))
     assert drawn(run) == FIGURES | {"heads_1", "heads_2"}
     assert page.text.count("attention in single layers and heads") == 2
     for wrong, said in [({"layers": [3]}, "there is no layer 3: the model has 2"), ({"heads": [0]}, "there is no head 0")]:
@@ -408,7 +408,7 @@ def test_runs_compared(run, tmp_path, unrendered):
     path = write(*runs, other)
     assert path == tmp_path / "comparison.html"
     page = Page(path)
-    assert len(page.pictures) == 1 and all(address.startswith("data:") for address in page.addresses)
+    assert len(page.images) == 1 and all(address.startswith("data:") for address in page.addresses)
     assert f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f} %" in page.text
     assert "of 3 runs that differ only in the seed (tiny, tiny-4, tiny-5)" in page.text
     assert "optimizer.learning_rate 0.03 tiny, tiny-4, tiny-5 0.5 other" in page.text
@@ -436,13 +436,13 @@ def test_the_same_run_twice_is_refused(run, tmp_path, capsys):
 
 
 def test_the_command_line(run, tmp_path, capsys, unrendered):
-    assert main([str(run), "--output", str(tmp_path / "page.html"), "--pictures", "1", "--layers", "1,2", "--heads", "1"]) == 0
+    assert main([str(run), "--output", str(tmp_path / "page.html"), "--images", "1", "--layers", "1,2", "--heads", "1"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     assert (tmp_path / "figures" / "heads_1.png").is_file()
     for arguments, said in [
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--layers", "9"], "there is no layer 9"),
-        ([str(run), "--pictures", "0"], "at least one image"),
+        ([str(run), "--images", "0"], "at least one image"),
         ([str(run), "--output", str(run / "config.json" / "page.html")], "config.json"),
     ]:
         assert main(arguments) == 1
@@ -454,7 +454,7 @@ def test_the_command_line(run, tmp_path, capsys, unrendered):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--pictures" in capsys.readouterr().out
+    assert "--images" in capsys.readouterr().out
 
 
 def look(browser, page: Path) -> None:
@@ -507,7 +507,7 @@ def test_the_page_of_many_runs_with_long_names_in_a_browser(run, browser):
 
 
 def made_up(run: Path) -> None:
-    """Makes of the run one of the demo's size and length: pictures and labels are real, what it learnt is not."""
+    """Makes of the run one of the demo's size and length: images and labels are real, what it learnt is not."""
     edit(run, data__image_size=64, data__train_split="", data__test_split="", model__checkpoint="mini_8")
     edit(run, training__steps=1000, training__batch_size=64)
     source = open_split(TASKS["cifar100_excerpt"], "test")
@@ -532,14 +532,14 @@ def test_the_demos_page_takes_20_seconds_at_most(run, browser):
     assert time.perf_counter() - begun < 20
     assert drawn(run) == FIGURES
     look(browser, page)
-    write(run, pictures=1)
+    write(run, num_images=1)
     for name in ("rollout", "curves"):  # the README shows them
         assert (run / "figures" / f"{name}.png").stat().st_size < 200_000
 
 
 @pytest.mark.slow
 def test_the_page_of_a_run_on_all_of_cifar100_takes_60_seconds_at_most(prepared_cifar100, shared, tmp_path, browser):
-    """A real run, if a short one: the embedded model, all 50,000 and 10,000 pictures at 32 pixels."""
+    """A real run, if a short one: the embedded model, all 50,000 and 10,000 images at 32 pixels."""
     config = configuration.read(str(Path(__file__).parents[2] / "configs" / "demo.py"))
     config.data.task, config.data.image_size, config.run.data_dir = "cifar100", 32, str(prepared_cifar100)
     config.training.steps, config.optimizer.warmup_steps = 6, 2
@@ -743,8 +743,8 @@ def test_interval_is_that_of_the_evaluated_images(run, unrendered):
 def test_images_can_be_chosen_by_number(run, given, capsys, tmp_path):
     write(run, images=[17, 3])
     [(shown, _, names)] = given["rollout"]
-    pictures, labels = read(run).test.take(np.array([17, 3]))
-    np.testing.assert_allclose(shown, pictures / 255, atol=1e-6)
+    pixels, labels = read(run).test.take(np.array([17, 3]))
+    np.testing.assert_allclose(shown, pixels / 255, atol=1e-6)
     assert names == [f"{read(run).test.class_names[label]}, image {at}" for label, at in zip(labels, (17, 3), strict=True)]
     assert main([str(run), "--images", "100", "--output", str(tmp_path / "page.html")]) == 1
     assert "there is no image 100: test[:100] has 100, counted from 0" in capsys.readouterr().err

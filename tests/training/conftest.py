@@ -1,4 +1,4 @@
-"""A run small enough to be made many times: a tiny ViT on a part of the embedded pictures."""
+"""A run small enough to be made many times: a tiny ViT on a part of the embedded images."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny_checkpoint):
-    """12 steps of 16 on 64 pictures of 10 classes; tests change what they are about."""
+    """12 steps of 16 on 64 images of 10 classes; tests change what they are about."""
     config = Config(seed=3)
     config.model.checkpoint = tiny_checkpoint
     config.data.task = "cifar100_excerpt"
@@ -33,12 +33,12 @@ def config(tiny_checkpoint):
     return config
 
 
-class Pictures:
+class Images:
     """A Source of arrays in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels
-        self.nbytes, self.picture_shape = images.nbytes, images.shape[1:]
+        self.nbytes, self.image_shape = images.nbytes, images.shape[1:]
         self.num_classes = int(labels.max()) + 1
         self.class_names = [str(i) for i in range(self.num_classes)]
 
@@ -50,11 +50,11 @@ class Pictures:
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """A function: n random pictures of 8×8 pixels with labels of 10 classes."""
+def source_of():
+    """A function: n random images of 8×8 pixels with labels of 10 classes."""
 
-    def make(n: int) -> Pictures:
+    def make(n: int) -> Images:
         draw = np.random.default_rng(n)
-        return Pictures(draw.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8), draw.integers(0, 10, n).astype(np.int32))
+        return Images(draw.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8), draw.integers(0, 10, n).astype(np.int32))
 
     return make

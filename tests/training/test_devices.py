@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax import runtime
 from vit_jax.config import Augment, Model, Optimizer, Run
 from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
@@ -31,9 +32,9 @@ def model_and_params():
 
 
 @pytest.fixture(scope="module")
-def on_one_device(model_and_params, pictures):
+def on_one_device(model_and_params, source_of):
     """The losses of 20 steps on one device."""
-    return losses(*model_and_params, pictures(50), layout("mesh", 1))[0]
+    return losses(*model_and_params, source_of(50), layout("mesh", 1))[0]
 
 
 def layout(parallel: str, count: int) -> Layout:
@@ -58,9 +59,9 @@ def losses(model, params, source, where: Layout, steps=20, slices=1, budget=EVER
 @pytest.mark.parametrize(
     ("parallel", "count", "slices"), [("mesh", 8, 1), ("pmap", 8, 1), ("pmap", 1, 1), ("mesh", 4, 4), ("pmap", 4, 2)]
 )
-def test_layouts_give_the_same_losses(model_and_params, pictures, on_one_device, parallel, count, slices):
+def test_layouts_give_the_same_losses(model_and_params, source_of, on_one_device, parallel, count, slices):
     expected = on_one_device
-    found, state = losses(*model_and_params, pictures(50), layout(parallel, count), slices=slices)
+    found, state = losses(*model_and_params, source_of(50), layout(parallel, count), slices=slices)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found[-1] != found[0]
     for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(model_and_params[1]), strict=True):
@@ -69,17 +70,17 @@ def test_layouts_give_the_same_losses(model_and_params, pictures, on_one_device,
 
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-def test_streaming_gives_what_residence_gives(model_and_params, pictures, parallel):
-    expected, _ = losses(*model_and_params, pictures(50), layout(parallel, 8), steps=6, crop="none")
-    found, _ = losses(*model_and_params, pictures(50), layout(parallel, 8), steps=6, budget=0, crop="none")
+def test_streaming_gives_what_residence_gives(model_and_params, source_of, parallel):
+    expected, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, crop="none")
+    found, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, budget=0, crop="none")
     assert found.tolist() == expected.tolist()
 
 
-def test_dropout_differs_between_devices_under_pmap(model_and_params, pictures):
+def test_dropout_differs_between_devices_under_pmap(model_and_params, source_of):
     """Else every device would drop the same values."""
     model, params = model_and_params
     one, many = (
-        losses(model.clone(dropout=0.5), params, pictures(50), layout("pmap", count), steps=6, crop="none")[0][0]
+        losses(model.clone(dropout=0.5), params, source_of(50), layout("pmap", count), steps=6, crop="none")[0][0]
         for count in (1, 8)
     )
     assert one != many
@@ -88,9 +89,9 @@ def test_dropout_differs_between_devices_under_pmap(model_and_params, pictures):
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("budget", [EVERYTHING, 0])
-def test_every_picture_counts_once(model_and_params, pictures, parallel, count, budget):
+def test_every_image_counts_once(model_and_params, source_of, parallel, count, budget):
     model, params = model_and_params
-    source, where = pictures(1003), layout(parallel, count)
+    source, where = source_of(1003), layout(parallel, count)
     feed = Feed(source, where, budget)
     predict = where.evaluate(logits_of(model, for_evaluation(8)))
     images = for_evaluation(8)(source.images)
@@ -151,7 +152,7 @@ def test_a_driver_without_a_gpu_build_is_said_loudly(tmp_path, monkeypatch, capl
 
 
 def settled(**fields) -> tuple[str, str]:
-    found = devices.settle(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), 5)
+    found = runtime.resolve_auto(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), 5)
     return found.dtype, found.attention
 
 
@@ -168,8 +169,8 @@ def test_what_is_left_open_is_settled_by_the_device(monkeypatch, caplog):
         assert settled(**fields)[1] == "xla"
     assert settled(attention="cudnn") == ("bfloat16", "cudnn") and not caplog.messages
     xla = devices.dot_product_attention
-    monkeypatch.setattr(devices, "dot_product_attention", lambda *a, implementation, **k: xla(*a, implementation="xla", **k))
+    monkeypatch.setattr(runtime, "dot_product_attention", lambda *a, implementation, **k: xla(*a, implementation="xla", **k))
     assert settled() == ("bfloat16", "cudnn")
     wrong = lambda *a, implementation, **k: xla(*a, implementation="xla", **k) * (1 if implementation == "xla" else 1.5)  # noqa: E731
-    monkeypatch.setattr(devices, "dot_product_attention", wrong)
+    monkeypatch.setattr(runtime, "dot_product_attention", wrong)
     assert settled() == ("bfloat16", "xla") and "its numbers are not those of XLA" in caplog.text

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax.checkpoints.google import read_meta
 from vit_jax.config import read
 from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.formats.google import read_meta
 from vit_jax.training import journal, loop, saving
 from vit_jax.training.evaluate import metrics
 from vit_jax.training.guard import Guard
@@ -272,7 +272,7 @@ def test_from_random_weights_with_everything_else(config, tmp_path):
     config.data.normalization, config.run.device_budget_mib = "dataset", 0
     config.augment.crop, config.augment.flip = "tensorflow", False
     config.optimizer.name, config.optimizer.decay, config.optimizer.weight_decay = "adamw", "linear", 0.1
-    config.training.steps, config.training.accumulation, config.run.parallel = 3, 2, "pmap"
+    config.training.steps, config.training.grad_accum_steps, config.run.parallel = 3, 2, "pmap"
     result = loop.train(config, tmp_path)
     assert result.finished and np.isfinite(result.metrics["test/loss"])
     meta = read_meta(tmp_path / "final.npz")

@@ -8,9 +8,9 @@ import signal
 import numpy as np
 import pytest
 
-from vit_jax.checkpoints.google import read_meta
 from vit_jax.config import to_json
 from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.formats.google import read_meta
 from vit_jax.training import devices, loop, restore
 from vit_jax.training.assemble import assemble
 from vit_jax.training.guard import Guard

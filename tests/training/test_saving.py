@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
 from vit_jax.config import Config, Optimizer
 from vit_jax.errors import ConfigError, TrainingError
+from vit_jax.formats.google import read_meta, read_npz, save_npz
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import restore
 from vit_jax.training.saving import Saver

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.google import read_npz
 from vit_jax.config import Augment, Optimizer
+from vit_jax.formats.google import read_npz
 from vit_jax.models.variants import build, from_tree
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.state import create
@@ -21,7 +21,7 @@ FILES = ["tiny_bf16mom_accum1_head", "tiny_bf16mom_accum2_head", "tiny_f32mom_ac
 
 
 def plain_forward(model):
-    """Cross-entropy of pictures that come scaled, without augmentation."""
+    """Cross-entropy of images that come scaled, without augmentation."""
 
     def forward(params, data, batch, step, key):
         logits = model.apply({"params": params}, batch["images"], train=True, rngs={"dropout": key})
@@ -77,7 +77,7 @@ def test_the_original_trajectory(name, shared, tmp_path):
 
 @pytest.fixture
 def small():
-    """A model without dropout, parameters, and a batch of 8 pictures on the device."""
+    """A model without dropout, parameters, and a batch of 8 images on the device."""
     model = build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32, num_classes=4)
     draw = np.random.default_rng(0)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]

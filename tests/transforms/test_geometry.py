@@ -14,9 +14,9 @@ flips = jax.jit(geometry.flips)
 resize = jax.jit(geometry.resize, static_argnums=1)
 
 DISTRIBUTIONS = ("torchvision", "tensorflow")
-# Of 255: float32 positions in a picture are good to a millionth of its width.
+# Of 255: float32 positions in an image are good to a millionth of its width.
 TOLERANCE = 1e-3
-# (top, left, height, width) in a picture of 20 × 24: all of it, inside, one pixel, one row, a corner, an edge
+# (top, left, height, width) in an image of 20 × 24: all of it, inside, one pixel, one row, a corner, an edge
 BOXES = np.array([[0, 0, 20, 24], [3, 5, 9, 13], [7, 8, 1, 1], [19, 2, 1, 20], [12, 15, 8, 9], [0, 4, 20, 3]], np.int32)
 
 
@@ -24,11 +24,11 @@ def keys(number: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed, impl="threefry2x32"), number)
 
 
-def pictures(*shape: int) -> np.ndarray:
+def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def slow_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def slow_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """TensorFlow's resize_bilinear with half-pixel centres, one pixel at a time, in float64."""
 
     def neighbours(i: int, length: int, out: int) -> tuple[int, int, float]:
@@ -36,14 +36,14 @@ def slow_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
         low = int(np.floor(position))
         return max(low, 0), min(low + 1, length - 1), position - low
 
-    picture = picture.astype(np.float64)
-    result = np.empty((height, width, picture.shape[-1]))
+    image = image.astype(np.float64)
+    result = np.empty((height, width, image.shape[-1]))
     for i in range(height):
-        top, bottom, down = neighbours(i, picture.shape[0], height)
+        top, bottom, down = neighbours(i, image.shape[0], height)
         for j in range(width):
-            left, right, across = neighbours(j, picture.shape[1], width)
-            upper = picture[top, left] * (1 - across) + picture[top, right] * across
-            lower = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
+            left, right, across = neighbours(j, image.shape[1], width)
+            upper = image[top, left] * (1 - across) + image[top, right] * across
+            lower = image[bottom, left] * (1 - across) + image[bottom, right] * across
             result[i, j] = upper * (1 - down) + lower * down
     return result
 
@@ -73,7 +73,7 @@ def test_boxes_are_distributed_as_the_library_draws_them(shared, distribution, h
 
 @pytest.mark.parametrize(("height", "width", "area"), [(7, 50, (0.3, 1.0)), (1, 1, (0.05, 1.0)), (480, 640, (0.001, 0.01))])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_boxes_lie_inside_the_picture(distribution, height, width, area):
+def test_boxes_lie_inside_the_image(distribution, height, width, area):
     boxes = random_boxes(keys(500), height, width, distribution=distribution, area=area)
     top, left, h, w = np.asarray(boxes).T
     assert boxes.shape == (500, 4)
@@ -128,21 +128,21 @@ def test_flips_are_fair_and_repeatable():
 
 @pytest.mark.parametrize("size", [(48, 48), (9, 7), (33, 5), (1, 1)])
 def test_resize_is_half_pixel_bilinear(size):
-    images = pictures(2, 20, 24, 3)
+    images = pixels(2, 20, 24, 3)
     resized = resize(images, size)
     assert resized.dtype == jnp.float32
-    expected = np.stack([slow_resize(picture, *size) for picture in images])
+    expected = np.stack([slow_resize(image, *size) for image in images])
     np.testing.assert_allclose(resized, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_resize_to_the_same_size_changes_nothing():
-    images = pictures(2, 20, 20, 3)
+    images = pixels(2, 20, 20, 3)
     np.testing.assert_array_equal(resize(images, 20), images)
 
 
 @pytest.mark.parametrize("size", [17, (30, 41)])
 def test_crop_resize_is_to_crop_then_resize(size):
-    images = pictures(len(BOXES), 20, 24, 3)
+    images = pixels(len(BOXES), 20, 24, 3)
     height, width = (size, size) if isinstance(size, int) else size
     boxes = zip(images, BOXES, strict=True)
     expected = np.stack([slow_resize(image[t : t + h, x : x + w], height, width) for image, (t, x, h, w) in boxes])
@@ -156,7 +156,7 @@ def test_crop_resize_is_to_crop_then_resize(size):
 def test_no_pixel_from_outside_the_box():
     random = random_boxes(keys(200), 20, 24, distribution="torchvision")
     boxes = jnp.concatenate([jnp.asarray(BOXES), random])
-    images = pictures(len(boxes), 20, 24, 3)
+    images = pixels(len(boxes), 20, 24, 3)
     inside = np.zeros(images.shape, bool)
     for mask, (top, left, height, width) in zip(inside, np.asarray(boxes), strict=True):
         mask[top : top + height, left : left + width] = True
@@ -169,5 +169,5 @@ def test_no_pixel_from_outside_the_box():
 
 
 def test_boxes_of_another_batch_are_refused():
-    with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 pictures need \(2, 4\)"):
-        geometry.crop_resize(pictures(2, 20, 24, 3), jnp.asarray(BOXES), 8)
+    with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 pixels need \(2, 4\)"):
+        geometry.crop_resize(pixels(2, 20, 24, 3), jnp.asarray(BOXES), 8)

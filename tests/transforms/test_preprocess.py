@@ -1,4 +1,4 @@
-"""What a model is fed: scaling, keys, and that training transforms are a function of (keys, pictures) alone."""
+"""What a model is fed: scaling, keys, and that training transforms are a function of (keys, pixels) alone."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from vit_jax.transforms import geometry, preprocess
 STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
-def pictures(batch: int, height: int = 16, width: int = 16) -> np.ndarray:
+def pixels(batch: int, height: int = 16, width: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
 
 
@@ -21,7 +21,7 @@ def example_keys(batch: int, seed=0, step=0) -> jax.Array:
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
 def test_preprocess_scales_as_google_does(as_array):
-    images = pictures(2)
+    images = pixels(2)
     images[0, 0, 0], images[0, 0, 1] = 0, 255
     ready = preprocess.preprocess(as_array(images), 16)
     assert ready.dtype == jnp.float32
@@ -33,7 +33,7 @@ def test_preprocess_scales_as_google_does(as_array):
 
 
 def test_evaluation_resizes_straight_and_normalises():
-    images = pictures(3, 12, 20)
+    images = pixels(3, 12, 20)
     mean, deviation = (np.reshape(s, (1, 1, 1, 3)) for s in STATISTICS)
     expected = (np.asarray(geometry.resize(images, 24), np.float64) / 255 - mean) / deviation
     np.testing.assert_allclose(jax.jit(preprocess.for_evaluation(24, STATISTICS))(images), expected, atol=2e-6)
@@ -42,10 +42,10 @@ def test_evaluation_resizes_straight_and_normalises():
 
 @pytest.mark.parametrize(
     "images",
-    [pictures(2).astype(np.float32), pictures(2)[0], pictures(2)[..., :1], pictures(2).astype(np.int64)],
-    ids=["float", "one picture", "grey", "int64"],
+    [pixels(2).astype(np.float32), pixels(2)[0], pixels(2)[..., :1], pixels(2).astype(np.int64)],
+    ids=["float", "one image", "grey", "int64"],
 )
-def test_what_is_no_batch_of_pictures_is_refused(images):
+def test_what_is_no_batch_of_images_is_refused(images):
     with pytest.raises(ValueError, match=r"must be uint8 of shape \[batch, height, width, 3\]; got "):
         preprocess.preprocess(images, 16)
     with pytest.raises(ValueError, match="must be uint8"):
@@ -74,7 +74,7 @@ def test_keys_are_threefry_whatever_the_default():
 
 @pytest.mark.parametrize("crop", ["tensorflow", "none"])
 def test_training_crops_then_flips_then_scales(crop):
-    images, keys, labels = pictures(32, 16, 24), example_keys(32), jnp.arange(32)
+    images, keys, labels = pixels(32, 16, 24), example_keys(32), jnp.arange(32)
     fold = jax.vmap(jax.random.fold_in, (0, None))
     flip = geometry.flips(fold(keys, 1))
     assert set(flip.tolist()) == {True, False}
@@ -92,8 +92,8 @@ def test_training_crops_then_flips_then_scales(crop):
     np.testing.assert_allclose(flipped, expected, atol=2e-6)
 
 
-def test_training_does_not_depend_on_the_batch_a_picture_is_in():
-    images, keys, labels = pictures(32), example_keys(32), jnp.arange(32)
+def test_training_does_not_depend_on_the_batch_an_image_is_in():
+    images, keys, labels = pixels(32), example_keys(32), jnp.arange(32)
     transform = jax.jit(preprocess.for_training(Augment(), 24, STATISTICS))
     expected, _ = transform(keys, images, labels)
     order = np.random.default_rng(1).permutation(32)

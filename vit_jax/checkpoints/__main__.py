@@ -118,11 +118,11 @@ def _check(source: str, against: str | None, original: str | None, tolerance: fl
     import jax
     import numpy as np
 
-    from vit_jax.checkpoints import parity
     from vit_jax.checkpoints.download import find
-    from vit_jax.checkpoints.google import check_sums
     from vit_jax.checkpoints.load import meta_of, read
-    from vit_jax.checkpoints.meta import image_size
+    from vit_jax.formats.google import check_sums
+    from vit_jax.formats.meta import image_size
+    from vit_jax.interop import parity
     from vit_jax.models.intermediates import stages
     from vit_jax.models.variants import patches
 
@@ -175,11 +175,11 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
     import ml_dtypes
     import numpy as np
 
-    from vit_jax.checkpoints import export, torch_models
     from vit_jax.checkpoints.download import find
-    from vit_jax.checkpoints.google import save_npz
     from vit_jax.checkpoints.load import meta_of, read
     from vit_jax.files import sha256
+    from vit_jax.formats.google import save_npz
+    from vit_jax.interop import onnx, stablehlo, torch_models
 
     to = to or next((tool for tool, suffix in _SUFFIXES.items() if suffix == destination.suffix), None)
     if to is None:
@@ -207,9 +207,9 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
     elif to == "huggingface":
         torch_models.save_huggingface(destination, params, meta, stored)
     elif to == "onnx":
-        export.save_onnx(destination, model, params, meta, stored)
+        onnx.save_onnx(destination, model, params, meta, stored)
     else:
-        export.save_stablehlo(destination, model, params, meta, stored)
+        stablehlo.save_stablehlo(destination, model, params, meta, stored)
     print(destination)
 
 

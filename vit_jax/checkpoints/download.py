@@ -16,11 +16,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vit_jax.checkpoints import catalogue
 from vit_jax.checkpoints.catalogue import BUCKET, PUBLISHED, Published, resolve, split_demanded
-from vit_jax.checkpoints.google import check_sums, read_meta, read_shapes, save_npz
-from vit_jax.checkpoints.torch_files import read_safetensors
 from vit_jax.errors import CheckpointError, UserError, printable, reason
 from vit_jax.fetch import Refused, Unreachable, download
 from vit_jax.files import cache_root, expand_user, locked, sha256
+from vit_jax.formats.google import check_sums, read_meta, read_shapes, save_npz
+from vit_jax.formats.torch_files import read_safetensors
 from vit_jax.models.variants import build, from_tree, patches
 
 _log = logging.getLogger("vit_jax")

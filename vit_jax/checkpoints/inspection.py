@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from vit_jax.checkpoints.catalogue import PUBLISHED
-from vit_jax.checkpoints.google import form
 from vit_jax.checkpoints.load import meta_of, outline
-from vit_jax.checkpoints.meta import grid_of
-from vit_jax.checkpoints.torch_files import stored_types
 from vit_jax.errors import printable
 from vit_jax.files import sha256
+from vit_jax.formats.google import form
+from vit_jax.formats.meta import grid_of
+from vit_jax.formats.torch_files import stored_types
 from vit_jax.models.variants import name_of, patches
 from vit_jax.models.vit import VisionTransformer
 

@@ -13,11 +13,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.export import read_about
-from vit_jax.checkpoints.google import read_meta, read_npz, read_shapes
-from vit_jax.checkpoints.meta import grid_of, statistics
-from vit_jax.checkpoints.torch_files import read_config, read_safetensors
 from vit_jax.errors import CheckpointError, reason
+from vit_jax.formats.google import read_meta, read_npz, read_shapes
+from vit_jax.formats.meta import grid_of, statistics
+from vit_jax.formats.stablehlo import read_about
+from vit_jax.formats.torch_files import read_config, read_safetensors
 from vit_jax.models.variants import from_tree, shapes
 from vit_jax.models.vit import VisionTransformer
 

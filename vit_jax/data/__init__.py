@@ -1,4 +1,4 @@
-"""Pictures as bytes, on the host: what can be learnt (tasks), preparing it, reading it, and in which order.
+"""Images as bytes, on the host: what can be learnt (tasks), preparing it, reading it, and in which order.
 
-NumPy only. Nothing here imports JAX, so that a process that decodes pictures can never take a GPU.
+NumPy only. Nothing here imports JAX, so that a process that decodes images can never take a GPU.
 """

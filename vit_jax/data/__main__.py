@@ -66,7 +66,7 @@ def _show(name: str, data_dir: str, output: Path | None) -> None:
     splits = {split: open_split(row, split, data_dir) for split in (row.train_split, row.test_split)}
     print(find_prepared(row, data_dir))
     for split, source in splits.items():
-        height, width, _ = source.picture_shape
+        height, width, _ = source.image_shape
         print(f"{split:8}{len(source):8,} images of {height} x {width}, {source.nbytes / 1e6:.1f} MB as uint8")
     names = splits[row.train_split].class_names
     counts, examples = zip(*(_count(source) for source in splits.values()), strict=True)

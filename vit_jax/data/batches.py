@@ -1,4 +1,4 @@
-"""Which examples make up which batch: arithmetic on indices, knowing nothing of pictures.
+"""Which examples make up which batch: arithmetic on indices, knowing nothing of images.
 
 The order of an epoch derives from (seed, epoch) alone, and a batch from its step alone, so that a run that is resumed
 anywhere, or shared by any number of processes, sees what the uninterrupted run sees.

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 Splits = dict[str, np.ndarray]  # split -> records uint8 [n, labels + pixels]
 Names = dict[str, list[str]]  # label -> names, in the order of the labels' bytes in a record
 
-_PLANES = (3, 32, 32)  # of a picture in a record: channels, rows, columns
+_PLANES = (3, 32, 32)  # of an image in a record: channels, rows, columns
 _SLACK = 16 * 2**20  # bytes that an archive may have more than its records
 _CHUNK = 1 << 20  # bytes
 _BAR_INTERVAL = 0.5  # seconds between two states of a progress bar
@@ -134,7 +134,7 @@ def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
     digests = {split: _digest(records) for split, records in splits.items()}
     if digests != archive.digests and sha256(path) != archive.sha256:
         _log.warning(
-            "%s is not the file at %s, nor known to hold the same pictures and labels: layout, sizes and numbers are "
+            "%s is not the file at %s, nor known to hold the same images and labels: layout, sizes and numbers are "
             "right, so it is used, but results may not compare with others'",
             path,
             archive.url,
@@ -323,7 +323,7 @@ def _examples(
 
 
 def _png(pixels: np.ndarray) -> io.BytesIO:
-    """Returns the picture, uint8 [height, width, 3], as a PNG file."""
+    """Returns the image, uint8 [height, width, 3], as a PNG file."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -14,11 +14,11 @@ _BATCH = 1024  # records read at once: quick, and bounds what is held besides th
 
 
 class Source:
-    """The pictures and labels of a split, addressed by index in the order in which TFDS stores them.
+    """The images and labels of a split, addressed by index in the order in which TFDS stores them.
 
     Attributes:
       class_names: a name for each label.
-      picture_shape: (height, width, 3) of every picture.
+      image_shape: (height, width, 3) of every image.
       ranges: (file, first record, number of records) of what the split is made of.
     """
 
@@ -27,7 +27,7 @@ class Source:
         records,
         where: str,
         class_names: list[str],
-        picture_shape: tuple[int, int, int],
+        image_shape: tuple[int, int, int],
         ranges: list[tuple[str, int, int]],
     ):
         """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; `where` is what errors call it."""
@@ -35,7 +35,7 @@ class Source:
         self._records = records
         self._where = where
         self.class_names = class_names
-        self.picture_shape = picture_shape
+        self.image_shape = image_shape
 
     def __len__(self) -> int:
         return len(self._records)
@@ -47,31 +47,31 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of all pictures as uint8."""
-        return len(self) * int(np.prod(self.picture_shape))
+        """Size in bytes of all images as uint8."""
+        return len(self) * int(np.prod(self.image_shape))
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads the examples at `index`, integers [n] in [0, len), in that order; repetitions are allowed.
 
         Returns:
-          (pictures uint8 [n, height, width, 3], labels int32 [n]), both new.
+          (images uint8 [n, height, width, 3], labels int32 [n]), both new.
 
         Raises:
           IndexError: if an index is out of range.
-          DataError: if a record cannot be read or its picture has another shape.
+          DataError: if a record cannot be read or its image has another shape.
         """
         index = np.asarray(index)
         if index.ndim != 1 or index.dtype.kind not in "iu":
             raise IndexError(f"Indices must be integers [n], got {index.dtype} {list(index.shape)}")
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"Index out of range for the {len(self)} examples of {self._where}")
-        pictures = np.empty((len(index), *self.picture_shape), np.uint8)
+        images = np.empty((len(index), *self.image_shape), np.uint8)
         labels = np.empty(len(index), np.int32)
         for first in range(0, len(index), _BATCH):
             keys = index[first : first + _BATCH].tolist()
             try:
                 for row, example in enumerate(self._records.__getitems__(keys), first):
-                    pictures[row] = _decode(example["image"], self.picture_shape)
+                    images[row] = _decode(example["image"], self.image_shape)
                     labels[row] = example["label"]
             except ImportError:
                 raise
@@ -79,7 +79,7 @@ class Source:
                 raise DataError(
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
-        return pictures, labels
+        return images, labels
 
 
 def shared_examples(a: Source, b: Source) -> int:
@@ -135,7 +135,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
     shape = info.features["image"].shape
     if (label.num_classes, shape) != (task.num_classes, task.image_shape):
         raise DataError(
-            f"{folder} holds pictures {shape} of {label.num_classes} classes, expected {task.image_shape} of {task.num_classes}"
+            f"{folder} holds images {shape} of {label.num_classes} classes, expected {task.image_shape} of {task.num_classes}"
         )
     try:
         # Decoded here instead: TFDS's decoder logs a complaint where OpenCV is missing, which is no concern of ours.
@@ -151,11 +151,11 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
 
 
 def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns the picture, uint8 [height, width, 3], of a PNG or JPEG file."""
+    """Returns the image, uint8 [height, width, 3], of a PNG or JPEG file."""
     from PIL import Image
 
     with Image.open(io.BytesIO(file)) as image:
-        picture = np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
-    if picture.shape != shape:
-        raise ValueError(f"a picture {picture.shape}, expected {shape}")
-    return picture
+        pixels = np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
+    if pixels.shape != shape:
+        raise ValueError(f"an image {pixels.shape}, expected {shape}")
+    return pixels

@@ -19,7 +19,7 @@ class NotPrepared(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A tar file of fixed-size records: a byte for each label, then a picture as planes of red, green and blue.
+    """A tar file of fixed-size records: a byte for each label, then an image as planes of red, green and blue.
 
     Attributes:
       url: address of the official file.
@@ -64,8 +64,8 @@ class Task:
       name: of the row.
       builder: TFDS's name for the data set, with its configuration where it has several ("sun397/tfds").
       num_classes: number of labels.
-      image_shape: (height, width, 3) of every picture.
-      mean, std: of the training pictures' channels, pixels scaled to [0, 1].
+      image_shape: (height, width, 3) of every image.
+      mean, std: of the training images' channels, pixels scaled to [0, 1].
       train_split, test_split: what is trained and tested on where nothing else is asked for, in TFDS's language.
       data_dir: where TFDS finds the data; "": wherever the user keeps such data, see `data_root`.
       archive: what `vit_jax.data.prepare` makes the data from; None: it cannot.

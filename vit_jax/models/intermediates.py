@@ -1,9 +1,12 @@
 """What happens inside a model: features, attention maps, the outputs of its stages. The model itself stays as it is."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
 
 from vit_jax.models.vit import VisionTransformer
 
@@ -31,6 +34,46 @@ def attention_maps(model: VisionTransformer, params: dict[str, Any], images) -> 
     _, found = _captured(model, params, images)
     blocks = (found["Transformer"][f"encoderblock_{i}"] for i in range(model.num_layers))
     return jnp.stack([block[_ATTENTION]["attention_weights"][0] for block in blocks])
+
+
+def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The grid (height, width) of a number of patches: `grid` if it is given, else a square; None if they do not fill it."""
+    height, width = grid or (math.isqrt(max(patches, 0)),) * 2
+    return (height, width) if patches > 0 and height * width == patches else None
+
+
+def attention_rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """How much of each patch reaches the class token through all layers: attention rollout, float32 [B, grid, grid].
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3, as appendix D.8 of the ViT paper has it:
+    the mean over heads, the identity added for the residual connection, rows normalised, layers multiplied; of the product
+    the class token's row without the token itself, divided by its largest value.
+
+    Args:
+      maps: attention weights [layers, B, heads, tokens, tokens] of `vit_jax.attention_maps`, the class token first.
+      grid: (height, width) of the patches; None: they make a square.
+
+    Raises ValueError where there is no class row: the other tokens make no such grid, as in models that average all.
+    """
+    maps = np.asarray(maps)
+    if maps.ndim != 5 or maps.shape[-1] != maps.shape[-2]:
+        raise ValueError(f"attention maps are [layers, B, heads, tokens, tokens], got {list(maps.shape)}")
+    found = patch_grid(maps.shape[-1] - 1, grid)
+    if found is None:
+        shape = "a square" if grid is None else f"a grid of {grid[0]}×{grid[1]}"
+        raise ValueError(f"{maps.shape[-1]} tokens are no class token and {shape} of patches: rollout needs a class row")
+    row = np.zeros((maps.shape[1], 1, maps.shape[-1]))
+    row[..., 0] = 1
+    for layer in maps[::-1]:  # from the last layer on, so that a row goes through the product and not a matrix
+        mixed = layer.mean(axis=1, dtype=np.float64) + np.eye(maps.shape[-1])
+        row = row @ (mixed / mixed.sum(axis=-1, keepdims=True))
+    patches = row[:, 0, 1:]
+    # A class token that looks at itself alone gives zeros.
+    return (
+        (patches / np.maximum(patches.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny))
+        .reshape(-1, *found)
+        .astype(np.float32)
+    )
 
 
 def stages(model: VisionTransformer, params: dict[str, Any], images) -> dict[str, jax.Array]:

@@ -109,7 +109,7 @@ def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> 
 
 
 def flops(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
-    """Floating-point operations of one picture's forward pass, a multiplication and an addition counted as two.
+    """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two.
 
     Matrix products and convolutions alone, which is what a matrix unit is rated by: what is done element by element (norms,
     softmax, GELU) is left out. A training step is three times this: its backward pass computes two products for each.

@@ -112,8 +112,8 @@ class PositionEmbedding(nn.Module):
             found: tuple[int, ...] = self.get_variable("params", "pos_embedding").shape
             if found != shape:
                 raise ValueError(
-                    f"the pictures make {shape[1]} tokens of {shape[2]} values, the parameters hold positions for "
-                    f"{found[1]} of {found[2]}: load(…, image_size=…) resizes the positions to another picture size"
+                    f"the images make {shape[1]} tokens of {shape[2]} values, the parameters hold positions for "
+                    f"{found[1]} of {found[2]}: load(…, image_size=…) resizes the positions to another image size"
                 )
         positions = self.param("pos_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
         return x + positions.astype(x.dtype)
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A classifier of pictures.
+    """A classifier of images.
 
     Called with images float32 [B, H, W, 3], usually in [-1, 1], of a height and width that `stride` divides; returns
     float32 logits [B, num_classes], or the features [B, hidden_size] that a head would see where `num_classes` is 0.
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
     mlp_dim: int
     classifier: str = "token"  # "token": from a class token; "gap": from the mean of all tokens
     representation_size: int = 0  # width of pre_logits (Dense and tanh before the head); 0: none
-    resnet: tuple[int, ...] | None = None  # units of each ResNet stage in front; (): the bare root; None: pictures
+    resnet: tuple[int, ...] | None = None  # units of each ResNet stage in front; (): the bare root; None: images
     resnet_width: int = 64
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -181,7 +181,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of the picture, in height and width, behind one token."""
+        """Pixels of the image, in height and width, behind one token."""
         return self.patch_size * (1 if self.resnet is None else 4 * 2 ** max(0, len(self.resnet) - 1))
 
     @nn.compact
@@ -189,16 +189,14 @@ class VisionTransformer(nn.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"expected images [B, H, W, 3], got {list(images.shape)}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(
-                f"expected images of floating point numbers, got {images.dtype}: vit_jax.preprocess scales pictures"
-            )
+            raise ValueError(f"expected images of floating point numbers, got {images.dtype}: vit_jax.preprocess scales images")
         if self.classifier not in ("token", "gap"):
             raise ValueError(f"classifier must be 'token' or 'gap', got {self.classifier!r}")
         if self.attention not in ("xla", "cudnn"):
             raise ValueError(f"attention must be 'xla' or 'cudnn', got {self.attention!r}")
         if images.shape[1] % self.stride or images.shape[2] % self.stride:
             raise ValueError(
-                f"pictures of {images.shape[1]}×{images.shape[2]} pixels do not divide into patches of {self.stride}"
+                f"images of {images.shape[1]}×{images.shape[2]} pixels do not divide into patches of {self.stride}"
             )
         x = images.astype(self.dtype)
         if self.resnet is not None:

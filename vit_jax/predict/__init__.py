@@ -1,10 +1,10 @@
-"""What a model sees in pictures: `Classifier` in Python, `python -m vit_jax.predict` on a command line."""
+"""What a model sees in images: `Classifier` in Python, `python -m vit_jax.predict` on a command line."""
 
 import importlib
 from typing import Any
 
 # Name → module, looked up when first used (PEP 562): the command line imports this file before it can be interrupted quietly.
-_DOORS = {"Classifier": "classifier", "ImageError": "pictures"}
+_DOORS = {"Classifier": "classifier", "ImageError": "images"}
 
 __all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
 

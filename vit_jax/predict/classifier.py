@@ -1,4 +1,4 @@
-"""A model that is loaded once and then says what is in pictures."""
+"""A model that is loaded once and then says what is in images."""
 
 import logging
 import os
@@ -13,14 +13,13 @@ from PIL import Image
 
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import load, meta_of, outline, reading
-from vit_jax.checkpoints.meta import image_size, statistics
 from vit_jax.errors import CheckpointError, ImageError, printable
-from vit_jax.models.intermediates import attention_maps
+from vit_jax.formats.meta import image_size, statistics
+from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.variants import patches
+from vit_jax.predict.images import Source, read
 from vit_jax.predict.names import class_names, is_googles
-from vit_jax.predict.pictures import Source, read
-from vit_jax.reports.attention import rollout
-from vit_jax.training.process import compiler_options
+from vit_jax.runtime import compiler_options
 from vit_jax.transforms.preprocess import scale
 
 _log = logging.getLogger("vit_jax")
@@ -32,21 +31,21 @@ Result = list[tuple[str, float]]  # (name, probability) of the most probable cla
 class Classifier:
     """Names what a fine-tuned or published model sees: `classify = Classifier("runs/demo"); classify("lion.jpg")`.
 
-    `source` is a run's folder, a file (npz, safetensors), an exported folder or a published name. A picture is a path, an
-    http(s) address, a file's bytes, a PIL picture or a uint8 array [H, W, 3], also grey [H, W] or with transparency [H, W, 4];
-    pictures are one of these, a batch [B, H, W, 3] or a list of all of these, of any sizes. What becomes of colours, turned
-    photographs and very large ones: `predict.pictures`.
+    `source` is a run's folder, a file (npz, safetensors), an exported folder or a published name. An image is a path, an
+    http(s) address, a file's bytes, a PIL image or a uint8 array [H, W, 3], also grey [H, W] or with transparency [H, W, 4];
+    images are one of these, a batch [B, H, W, 3] or a list of all of these, of any sizes. What becomes of colours, turned
+    photographs and very large ones: `predict.images`.
 
-    The numbers are those of a run's evaluation, up to rounding: pictures resized straight to the size that the weights are
+    The numbers are those of a run's evaluation, up to rounding: images resized straight to the size that the weights are
     for, scaled as the JSON beside them says, and as Google's where it does not, which the log says of files that may not be.
 
     Attributes:
       model, params: as `load` gives them.
       image_size: (height, width) of what the model sees, in pixels.
       class_names: a name for each class; see `predict.names.class_names`.
-      batch_size: the most pictures that are computed at once.
+      batch_size: the most images that are computed at once.
 
-    CheckpointError for weights that cannot be read or have no head; ImageError for a picture that cannot be used.
+    CheckpointError for weights that cannot be read or have no head; ImageError for an image that cannot be used.
     """
 
     def __init__(self, source: str | os.PathLike, batch_size: int = 32):
@@ -65,7 +64,7 @@ class Classifier:
         self.batch_size = batch_size
         channels = statistics(meta)
         if not meta.get("normalization") and not is_googles(path, meta, model.num_classes):
-            _log.warning("nothing beside %s says how pictures are scaled: Google's [-1, 1] is assumed", printable(path))
+            _log.warning("nothing beside %s says how images are scaled: Google's [-1, 1] is assumed", printable(path))
         self.model, self.params = load(path)
 
         def probabilities(params: Any, images: jax.Array) -> jax.Array:
@@ -73,7 +72,7 @@ class Classifier:
             return jax.nn.softmax(logits)
 
         def attention(params: Any, images: jax.Array) -> jax.Array:
-            def mean_over_heads(image: jax.Array) -> jax.Array:  # of one picture at a time, for the maps are large
+            def mean_over_heads(image: jax.Array) -> jax.Array:  # of one image at a time, for the maps are large
                 return attention_maps(self.model, params, image[None])[:, 0].mean(axis=1, keepdims=True)
 
             return jax.lax.map(mean_over_heads, scale(images, channels))
@@ -82,26 +81,26 @@ class Classifier:
         self._probabilities = jax.jit(probabilities, compiler_options=options)
         self._attention = jax.jit(attention, compiler_options=options)
 
-    def __call__(self, pictures: Any, top: int = 5) -> list[Result]:
-        """For each picture, in a list also for one, the `top` classes as (name, probability), best first."""
-        return [_or_raise(found) for _, found in self.stream(_named(pictures), top)]
+    def __call__(self, images: Any, top: int = 5) -> list[Result]:
+        """For each image, in a list also for one, the `top` classes as (name, probability), best first."""
+        return [_or_raise(found) for _, found in self.stream(_named(images), top)]
 
-    def probabilities(self, pictures: Any) -> np.ndarray:
+    def probabilities(self, images: Any) -> np.ndarray:
         """The probabilities of all classes, float32 [B, classes], which sum to 1."""
-        found = [_or_raise(row) for _, row in self._stream(_named(pictures), lambda x: self._probabilities(self.params, x))]
+        found = [_or_raise(row) for _, row in self._stream(_named(images), lambda x: self._probabilities(self.params, x))]
         result = np.array(found, np.float32).reshape(-1, self.model.num_classes)
         _check_finite(result)
         return result
 
-    def attention(self, pictures: Any) -> np.ndarray:
+    def attention(self, images: Any) -> np.ndarray:
         """How much of each patch reaches the class token, float32 [B, height, width] in patches, largest value 1.
 
         See `reports.attention.rollout`. CheckpointError for a model without class token.
         """
         self.check_attention()
         grid = (self.image_size[0] // self.model.stride, self.image_size[1] // self.model.stride)
-        found = [_or_raise(maps) for _, maps in self._stream(_named(pictures), lambda x: self._attention(self.params, x))]
-        masks = [rollout(maps[:, None], grid)[0] for maps in found]
+        found = [_or_raise(maps) for _, maps in self._stream(_named(images), lambda x: self._attention(self.params, x))]
+        masks = [attention_rollout(maps[:, None], grid)[0] for maps in found]
         return np.array(masks, np.float32).reshape(-1, *grid)
 
     def check_attention(self) -> None:
@@ -109,10 +108,10 @@ class Classifier:
         if self.model.classifier != "token":
             raise CheckpointError("this model has no class token, whose attention is what attention rollout shows")
 
-    def stream(self, pictures: Iterable[tuple[str, Source]], top: int = 5) -> Iterator[tuple[str, Result | ImageError]]:
-        """For pictures (what errors call it, picture), in their order, the name and the `top` classes or what is amiss.
+    def stream(self, images: Iterable[tuple[str, Source]], top: int = 5) -> Iterator[tuple[str, Result | ImageError]]:
+        """For images (what errors call it, image), in their order, the name and the `top` classes or what is amiss.
 
-        Meant for more pictures than fit in memory: a few batches of them are on their way at a time, however many there are.
+        Meant for more images than fit in memory: a few batches of them are on their way at a time, however many there are.
         Threads read the next ones while the device works.
         """
         if not isinstance(top, int | np.integer) or top < 1:
@@ -121,14 +120,14 @@ class Classifier:
         def best(images: np.ndarray) -> Any:
             return jax.lax.top_k(self._probabilities(self.params, images), min(top, self.model.num_classes))
 
-        for name, found in self._stream(pictures, best):
+        for name, found in self._stream(images, best):
             if not isinstance(found, ImageError):
                 _check_finite(found[0])
                 found = [(self.class_names[at], float(value)) for value, at in zip(*found, strict=True)]
             yield name, found
 
-    def _stream(self, pictures: Iterable[tuple[str, Source]], compute: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-        """(name, its part of what `compute` makes of float32 [B, height, width, 3], or ImageError) for each picture."""
+    def _stream(self, images: Iterable[tuple[str, Source]], compute: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+        """(name, its part of what `compute` makes of float32 [B, height, width, 3], or ImageError) for each image."""
         pending: deque[tuple[list[tuple[str, Any]], Any]] = deque()
         batch: list[tuple[str, Any]] = []
 
@@ -148,7 +147,7 @@ class Classifier:
                     yield name, error or jax.tree.map(lambda leaf, row=row: leaf[row], result)
                     row += error is None
 
-        for item in self._read(pictures):
+        for item in self._read(images):
             batch.append(item)
             if len(batch) == self.batch_size:
                 dispatch()
@@ -157,8 +156,8 @@ class Classifier:
             dispatch()
         yield from finished(keep=0)
 
-    def _read(self, pictures: Iterable[tuple[str, Source]]) -> Iterator[tuple[str, np.ndarray | ImageError]]:
-        """What the model sees of each picture, in order, read ahead by threads."""
+    def _read(self, images: Iterable[tuple[str, Source]]) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+        """What the model sees of each image, in order, read ahead by threads."""
 
         def reading(name: str, source: Source) -> np.ndarray | ImageError:
             try:
@@ -167,9 +166,9 @@ class Classifier:
                 return error
 
         patient = True
-        pool, ahead = ThreadPoolExecutor(_THREADS, "pictures"), deque[tuple[str, Future]]()
+        pool, ahead = ThreadPoolExecutor(_THREADS, "images"), deque[tuple[str, Future]]()
         try:
-            for name, source in pictures:
+            for name, source in images:
                 ahead.append((name, pool.submit(reading, name, source)))
                 if len(ahead) == max(2 * self.batch_size, _THREADS):
                     name, future = ahead.popleft()
@@ -183,23 +182,23 @@ class Classifier:
             pool.shutdown(wait=patient, cancel_futures=True)
 
 
-def _named(pictures: Any) -> Iterator[tuple[str, Source]]:
-    """Each of `pictures` with what errors call it."""
-    for number, picture in enumerate(_each(pictures)):
-        yield os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"pictures[{number}]", picture
+def _named(images: Any) -> Iterator[tuple[str, Source]]:
+    """Each of `images` with what errors call it."""
+    for number, image in enumerate(_each(images)):
+        yield os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{number}]", image
 
 
-def _each(pictures: Any) -> Iterator[Source]:
-    if isinstance(pictures, list | tuple):
-        for some in pictures:
+def _each(images: Any) -> Iterator[Source]:
+    if isinstance(images, list | tuple):
+        for some in images:
             yield from _each(some)
-    elif isinstance(pictures, str | os.PathLike | bytes | Image.Image) or callable(pictures):
-        yield pictures
-    elif hasattr(pictures, "__array__"):  # NumPy's, JAX's, PyTorch's
-        array = np.asarray(pictures)
+    elif isinstance(images, str | os.PathLike | bytes | Image.Image) or callable(images):
+        yield images
+    elif hasattr(images, "__array__"):  # NumPy's, JAX's, PyTorch's
+        array = np.asarray(images)
         yield from array if array.ndim == 4 else [array]
     else:
-        raise ImageError(f"a picture is a path, a PIL picture or a uint8 array, got {type(pictures).__name__}")
+        raise ImageError(f"an image is a path, a PIL image or a uint8 array, got {type(images).__name__}")
 
 
 def _check_finite(probabilities: np.ndarray) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoints import meta as beside
 from vit_jax.checkpoints.catalogue import PUBLISHED, resolve
 from vit_jax.errors import CheckpointError, printable
+from vit_jax.formats import meta as beside
 
 _log = logging.getLogger("vit_jax")
 _FILE = Path(__file__).parents[1] / "assets" / "imagenet.tsv.xz"

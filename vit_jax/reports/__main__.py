@@ -24,7 +24,7 @@ def _run(argv: list[str] | None) -> int:
         "--output", metavar="FILE", help="default: report.html in the run's folder, comparison.html beside the first of several"
     )
     parser.add_argument(
-        "--pictures",
+        "--num_images",
         type=int,
         default=6,
         metavar="N",
@@ -44,14 +44,14 @@ def _run(argv: list[str] | None) -> int:
         "--heads", type=_numbers, default=[], metavar="N,…", help="these heads' alone, in the last layer or in --layers"
     )
     args = parser.parse_args(argv)
-    if len(args.runs) > 1 and (args.images or args.layers or args.heads or args.pictures != parser.get_default("pictures")):
-        parser.error("--pictures, --images, --layers and --heads are for the page of a single run")
+    if len(args.runs) > 1 and (args.images or args.layers or args.heads or args.num_images != parser.get_default("num_images")):
+        parser.error("--num_images, --images, --layers and --heads are for the page of a single run")
     # A report never takes the accelerator from the run that it is about.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported here, because it takes a second or two, and Ctrl-C has to end the process meanwhile.
     from vit_jax.reports.page import write
 
-    options = {name: getattr(args, name) for name in ("output", "pictures", "images", "layers", "heads")}
+    options = {name: getattr(args, name) for name in ("output", "num_images", "images", "layers", "heads")}
     print(write(*args.runs, **options))
     return 0
 

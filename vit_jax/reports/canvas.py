@@ -20,7 +20,7 @@ WIDTH = 5.0  # inches
 NARROW = 3.6  # of figures with many names, which are then larger at the same width on a page
 PIXELS = int(WIDTH * DPI)
 LINE = 0.17  # inches of height for a line of text
-GAP = 4  # pixels between pictures of a group; four times that between groups
+GAP = 4  # pixels between images of a group; four times that between groups
 # https://jfly.uni-koeln.de/color/, but for the yellow, which is lost on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Of runs beyond the number of colours.
@@ -80,20 +80,20 @@ def panels(images: Mapping[str, np.ndarray], **options: Any) -> Figure:
     return figure
 
 
-def overlaid(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture in grey, blended evenly with the mask's colours: darkening instead would hide what is dark already."""
-    height, width = picture.shape[:2]
+def overlaid(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image in grey, blended evenly with the mask's colours: darkening instead would hide what is dark already."""
+    height, width = image.shape[:2]
     share = (mask - mask.min()) / max(float(mask.max() - mask.min()), 1e-12)
     smooth = Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    grey = picture @ np.array((0.299, 0.587, 0.114))
+    grey = image @ np.array((0.299, 0.587, 0.114))
     return 0.5 * grey[..., None] + 0.5 * matplotlib.colormaps["viridis"](np.asarray(smooth))[..., :3]
 
 
-def fit(picture: np.ndarray, size: int) -> np.ndarray:
-    """A picture in [0, 1] as uint8 in a white square, enlarged without smoothing: pixels are what a model gets."""
-    scale = size / max(picture.shape[:2])
-    height, width = (max(1, round(length * scale)) for length in picture.shape[:2])
-    image = Image.fromarray(np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8))
+def fit(pixels: np.ndarray, size: int) -> np.ndarray:
+    """An image in [0, 1] as uint8 in a white square, enlarged without smoothing: pixels are what a model gets."""
+    scale = size / max(pixels.shape[:2])
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+    image = Image.fromarray(np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
     image = image.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
     square = np.full((size, size, 3), 255, np.uint8)
     top, left = (size - height) // 2, (size - width) // 2
@@ -109,7 +109,7 @@ def image_grid(
     headings: Sequence[str] = (),
     scale: bool = False,
 ) -> Figure:
-    """Groups of pictures [h, w, 3] in [0, 1], a label above each; `headings` name a group's pictures, above the first row.
+    """Groups of images [h, w, 3] in [0, 1], a label above each; `headings` name a group's images, above the first row.
 
     `scale` puts the colours of `overlaid` below them.
     """
@@ -124,9 +124,9 @@ def image_grid(
     axis = figure.add_axes((0, 0, 1, 1))
     for at, (group, label) in enumerate(zip(groups, labels, strict=True)):
         x, y = at % columns * step[0], head + at // columns * step[1] + above
-        for number, picture in enumerate(group):
+        for number, image in enumerate(group):
             left = x + number * (size + GAP)
-            canvas[y : y + size, left : left + size] = fit(picture, size)
+            canvas[y : y + size, left : left + size] = fit(image, size)
             if headings and at < columns:
                 axis.text(left, head - 4, short(headings[number], size / DPI, 7.5), fontsize=7.5, color="#666666")
         text = "\n".join(short(part, (step[0] - 4 * GAP) / DPI) for part in label.split("\n"))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from vit_jax.data import batches
 from vit_jax.errors import ReportError, printable
-from vit_jax.models.intermediates import attention_maps
+from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.reports import attention, figures
 from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
@@ -23,7 +23,7 @@ from vit_jax.transforms.preprocess import example_keys, for_evaluation, for_trai
 
 _GRID = 12  # images of a grid
 _MATRIX = 100  # classes at most that a confusion matrix is drawn of
-_AUGMENT = 1  # the kind of draw that training.step keys a picture's transforms with; a test holds the two together
+_AUGMENT = 1  # the kind of draw that training.step keys an image's transforms with; a test holds the two together
 
 _maps = jax.jit(attention_maps, static_argnums=0)
 
@@ -48,7 +48,7 @@ class Look:
     and heads apart, counted from 1.
     """
 
-    pictures: int = 6
+    num_images: int = 6
     layers: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     images: tuple[int, ...] = ()
@@ -65,8 +65,8 @@ def learning(run: Run) -> Iterator[Drawing]:
     yield Drawing("curves", "Learning curves", figures.curves({run.name: run.metrics}, run.measured), caption)
 
 
-def training_pictures(run: Run) -> Iterator[Drawing]:
-    """The first pictures of the first batch beside what the run's own transforms make of them at its first step."""
+def training_images(run: Run) -> Iterator[Drawing]:
+    """The first images of the first batch beside what the run's own transforms make of them at its first step."""
     config, source = run.config, run.train
     index = next(batches.train(len(source), config.training.batch_size, config.seed))[:_GRID]
     originals, labels = source.take(index)
@@ -78,8 +78,8 @@ def training_pictures(run: Run) -> Iterator[Drawing]:
         "The first images of the first batch. Of each pair the left one is as stored, the right one exactly as the model got "
         "it: cropped, flipped and resized, its scaling undone."
     )
-    figure = figures.training_pictures(originals, _visible(images, run), names)
-    yield Drawing("training_pictures", "Training images", figure, caption)
+    figure = figures.training_images(originals, _visible(images, run), names)
+    yield Drawing("training_images", "Training images", figure, caption)
 
 
 def weights(run: Run) -> Iterator[Drawing]:
@@ -103,15 +103,15 @@ def weights(run: Run) -> Iterator[Drawing]:
 
 
 def looks(run: Run, look: Look) -> Iterator[Drawing]:
-    """Attention of the model on a few test pictures: rollout, distances, and single layers and heads where asked for.
+    """Attention of the model on a few test images: rollout, distances, and single layers and heads where asked for.
 
     ReportError for a layer or a head that the model does not have, and for an image that the split does not have.
     """
     models, said = run.models
     model = next(iter(models.values()))[0]
     layers, heads = _wanted(model, look)
-    pictures, labels, index, which = _chosen(run, look.images) if look.images else _examples(run, look.pictures)
-    images = jax.jit(for_evaluation(run.config.data.image_size, _statistics(run)))(pictures)
+    pixels, labels, index, which = _chosen(run, look.images) if look.images else _examples(run, look.num_images)
+    images = jax.jit(for_evaluation(run.config.data.image_size, _statistics(run)))(pixels)
     shown, of = _visible(images, run), run.test.class_names
     names = [f"{printable(of[label])}, image {at}" for label, at in zip(labels, index, strict=True)]
     grid = (images.shape[1] // model.stride, images.shape[2] // model.stride)
@@ -123,7 +123,7 @@ def looks(run: Run, look: Look) -> Iterator[Drawing]:
             maps = np.asarray(_maps(model, params, image[None]))
             far.setdefault(name, []).append(attention.distances(maps, model.stride, grid))
             if model.classifier == "token":
-                masks.setdefault(name, []).append(attention.rollout(maps, grid)[0])
+                masks.setdefault(name, []).append(attention_rollout(maps, grid)[0])
                 if name != BEFORE and (look.layers or look.heads):
                     row = maps[:, 0, :, 0, 1:].reshape(*maps.shape[:1], -1, *grid)
                     apart.append({f"layer {i}, head {j}": row[i - 1, j - 1] for i in layers for j in heads})
@@ -190,7 +190,7 @@ def predicted(run: Run) -> Iterator[Drawing]:
     confidence = np.where(right, -1, figures.softmax(logits).max(axis=1))
     worst = np.argsort(-confidence, kind="stable")[: min(_GRID, int((~right).sum()))]
     if len(worst):
-        pictures, found = run.test.take(worst)
+        images, found = run.test.take(worst)
         if (found != labels[worst]).any():
             raise Missing("The test split on this machine is not the one that the run was tested on: its labels are others.")
         said = logits[worst].argmax(axis=1)
@@ -199,7 +199,7 @@ def predicted(run: Run) -> Iterator[Drawing]:
         caption = (
             "The wrong predictions of the highest confidence: the true class, then the predicted one with its probability."
         )
-        yield Drawing("mistakes", "Most confident mistakes", figures.mistakes(pictures, text), caption)
+        yield Drawing("mistakes", "Most confident mistakes", figures.mistakes(images, text), caption)
     if coarse := superclasses(run):
         above, of = coarse
         group, said = (np.array([of.get(int(label), -1) for label in many]) for many in (labels, logits.argmax(axis=1)))
@@ -211,12 +211,12 @@ def predicted(run: Run) -> Iterator[Drawing]:
 
 
 def _statistics(run: Run) -> tuple[Any, Any]:
-    """Channel means and deviations that the run scales pictures with, of values in [0, 1]."""
+    """Channel means and deviations that the run scales images with, of values in [0, 1]."""
     return (run.task.mean, run.task.std) if run.config.data.normalization == "dataset" else ((0.5,) * 3, (0.5,) * 3)
 
 
 def _visible(images: Any, run: Run) -> np.ndarray:
-    """What a model gets, [N, h, w, 3], as pictures in [0, 1]."""
+    """What a model gets, [N, h, w, 3], as images in [0, 1]."""
     mean, deviation = (np.reshape(s, (1, 1, 1, 3)) for s in _statistics(run))
     return np.clip(np.asarray(images) * deviation + mean, 0, 1)
 

@@ -63,7 +63,7 @@ def similarity(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Guo et al., "On Calibration of Modern Neural Networks" (2017), equation 3: bins of equal width by the confidence.
 
-    Returns (mean confidence [bins], accuracy [bins], pictures [bins], expected calibration error); NaN where a bin is empty.
+    Returns (mean confidence [bins], accuracy [bins], images [bins], expected calibration error); NaN where a bin is empty.
     """
     probabilities = softmax(logits)
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
@@ -160,9 +160,9 @@ def _scale(axis: Axes, runs: int) -> str:
     return f", shown up to {1.1 * usual[-1]:.3g}"
 
 
-def training_pictures(originals: np.ndarray, seen: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Pairs of pictures: as stored, uint8 [N, H, W, 3], and as the model got them, [N, h, w, 3] in [0, 1]."""
-    return image_grid([(original / 255, picture) for original, picture in zip(originals, seen, strict=True)], labels, 3)
+def training_images(originals: np.ndarray, seen: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Pairs of images: as stored, uint8 [N, H, W, 3], and as the model got them, [N, h, w, 3] in [0, 1]."""
+    return image_grid([(original / 255, image) for original, image in zip(originals, seen, strict=True)], labels, 3)
 
 
 @styled
@@ -204,19 +204,19 @@ def attention_distance(found: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def rollout(pictures: np.ndarray, masks: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
-    """Pictures [N, h, w, 3] in [0, 1], and masks [N, gh, gw] laid over each in colours; `masks` is name → masks.
+def rollout(images: np.ndarray, masks: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
+    """Images [N, h, w, 3] in [0, 1], and masks [N, gh, gw] laid over each in colours; `masks` is name → masks.
 
     A mask's colours go from its own smallest value to its own largest.
     """
-    groups = [(picture, *(overlaid(picture, of[at]) for of in masks.values())) for at, picture in enumerate(pictures)]
+    groups = [(image, *(overlaid(image, of[at]) for of in masks.values())) for at, image in enumerate(images)]
     return image_grid(groups, labels, 1 if len(groups) == 1 else 2, headings=("image", *masks), scale=True)
 
 
-def heads(picture: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
-    """One picture [h, w, 3] in [0, 1], and the class token's attention [gh, gw] laid over it; `maps` is name → map."""
-    shown = [overlaid(picture, found) for found in maps.values()]
-    return image_grid([(one,) for one in (picture, *shown)], ("image", *maps), 4, scale=True)
+def heads(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
+    """One image [h, w, 3] in [0, 1], and the class token's attention [gh, gw] laid over it; `maps` is name → map."""
+    shown = [overlaid(image, found) for found in maps.values()]
+    return image_grid([(one,) for one in (image, *shown)], ("image", *maps), 4, scale=True)
 
 
 def _counts(logits: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -274,14 +274,14 @@ def _matrix(
     axis.grid(False)
 
 
-def mistakes(pictures: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Pictures uint8 [N, H, W, 3] with labels of two lines."""
-    return image_grid([(picture / 255,) for picture in pictures], labels, 4)
+def mistakes(images: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Images uint8 [N, H, W, 3] with labels of two lines."""
+    return image_grid([(image / 255,) for image in images], labels, 4)
 
 
 @styled
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Figure:
-    """Accuracy by confidence, and how many pictures have it, with the expected calibration error; see `calibration`."""
+    """Accuracy by confidence, and how many images have it, with the expected calibration error; see `calibration`."""
     mean, accuracy, count, error = calibration(logits, labels, bins)
     figure = Figure((WIDTH, 3.8), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))

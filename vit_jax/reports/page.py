@@ -23,7 +23,7 @@ _MEASURED = ("test/accuracy", "test/accuracy_top5", "test/loss")
 def write(
     *runs: str | os.PathLike,
     output: str | os.PathLike | None = None,
-    pictures: int = 6,
+    num_images: int = 6,
     layers: Sequence[int] = (),
     heads: Sequence[int] = (),
     images: Sequence[int] = (),
@@ -34,7 +34,7 @@ def write(
       runs: folders that main.py has trained in; a run may still go on.
       output: the page; None: `report.html` in the run's folder, or `comparison.html` next to the first of several. A single
         run's figures are also written as files, into the folder `figures` next to the page.
-      pictures: of how many classes a test image is shown with the model's attention, of all where there are fewer. Nothing
+      num_images: of how many classes a test image is shown with the model's attention, of all where there are fewer. Nothing
         else is computed by a model.
       images: numbers of the test images that are shown instead, counted from 0 in the order of the test split.
       layers, heads: those whose attention is shown apart, counted from 1. Heads alone are the last layer's, layers alone are
@@ -43,7 +43,7 @@ def write(
     Raises ReportError for a folder that is no run or is given twice, a configuration that cannot be read, and a layer,
     head or image that does not exist; OSError where the page cannot be written. What else is not there is said on the page.
     """
-    if not runs or pictures < 1:
+    if not runs or num_images < 1:
         raise ReportError("a report takes a run's folder and shows at least one image")
     folders: dict[str, Path] = {}
     pages = [path for path in map(Path, runs) if path.suffix == ".html" and path.is_file()]  # of runs/*, this command's own
@@ -57,7 +57,7 @@ def write(
         path = Path(output) if output else found[0].path / "report.html"
         title, body = (
             found[0].name,
-            _report(found[0], path.parent / "figures", Look(pictures, tuple(layers), tuple(heads), tuple(images))),
+            _report(found[0], path.parent / "figures", Look(num_images, tuple(layers), tuple(heads), tuple(images))),
         )
     else:
         path = Path(output) if output else found[0].path.resolve().parent / "comparison.html"
@@ -75,7 +75,7 @@ def _report(run: Run, folder: Path, look: Look) -> Iterator[str]:
         "Learning": (drawings.learning(run),),
         "Predictions": (drawings.predicted(run),),
         "Attention": (drawings.looks(run, look),),
-        "Training images": (drawings.training_pictures(run),),
+        "Training images": (drawings.training_images(run),),
         "Weights": (drawings.weights(run),),
     }
     tables: dict[str, tuple[str, dict[str, Any]]] = {

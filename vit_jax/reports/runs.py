@@ -18,13 +18,13 @@ import numpy as np
 
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
-from vit_jax.checkpoints.google import read_meta, read_shapes
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check, from_json
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
 from vit_jax.files import sha256
+from vit_jax.formats.google import read_meta, read_shapes
 from vit_jax.models.vit import VisionTransformer
 
 _WEIGHTS = ("final.npz", "best.npz")  # in the order in which they stand for a run, as checkpoints.download.find has it
@@ -269,7 +269,7 @@ def read(path: Path) -> Run:
 
 
 def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
-    """The data set's own coarser classes: their names, and class → superclass as the test pictures have them.
+    """The data set's own coarser classes: their names, and class → superclass as the test images have them.
 
     None where the data set has none. CIFAR-100's are the feature "coarse_label" of TFDS's cifar100.
     """

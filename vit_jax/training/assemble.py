@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vit_jax import runtime
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import load, meta_of, outline, reading
 from vit_jax.config import AUTO, Config
@@ -21,8 +22,8 @@ from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
 from vit_jax.models.variants import build, from_tree, name_of
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import devices, restore
 from vit_jax.training import optimizer as optimizers
+from vit_jax.training import restore
 from vit_jax.training.devices import Layout
 from vit_jax.training.feed import Feed
 from vit_jax.training.state import TrainState, create
@@ -216,7 +217,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head="true" if own_head else "false"))
         model, params = _model(config, row.num_classes, own_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-    config = dataclasses.replace(config, model=devices.settle(config.model, model, tokens))
+    config = dataclasses.replace(config, model=runtime.resolve_auto(config.model, model, tokens))
     model = model.clone(
         dropout=config.model.dropout,
         attention_dropout=config.model.attention_dropout,

@@ -5,7 +5,6 @@ of all local devices: jit takes them as they are, and pmap takes and gives them 
 without a copy.
 """
 
-import dataclasses
 import functools
 import logging
 import os
@@ -14,14 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.config import AUTO, Model, Run
+from vit_jax.config import Run
 from vit_jax.errors import ConfigError
-from vit_jax.models.vit import VisionTransformer, dot_product_attention
-from vit_jax.training.process import compiler_options, has_nvidia_driver, prepare
+from vit_jax.runtime import compiler_options, has_nvidia_driver, prepare
 
 _AXIS = "batch"
 
@@ -48,7 +45,7 @@ class Layout:
         """ConfigError unless every slice of a training batch divides among the devices."""
         if batch_size % (slices * len(self.devices)):
             raise ConfigError(
-                f"training.batch_size = {batch_size} in {slices} slice(s) (training.accumulation) does not divide among "
+                f"training.batch_size = {batch_size} in {slices} slice(s) (training.grad_accum_steps) does not divide among "
                 f"{len(self.devices)} devices; take a multiple of {slices * len(self.devices)}"
             )
 
@@ -90,54 +87,6 @@ class Layout:
     def gather(self, tree: Any) -> Any:
         """A tree on the host, as NumPy arrays that no device will write to."""
         return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
-
-
-def settle(settings: Model, model: VisionTransformer, tokens: int) -> Model:
-    """The configuration's section with a type and an attention for what is left open, of a model that sees `tokens` tokens.
-
-    A GPU computes in bfloat16, and its attention is cuDNN's where that gives what XLA's gives on a batch of two; where it
-    does not, that is said.
-    """
-    on_gpu = jax.default_backend() == "gpu"
-    dtype, attention = settings.dtype, settings.attention
-    if dtype == AUTO:
-        dtype = "bfloat16" if on_gpu or attention == "cudnn" else "float32"
-    if attention == "cudnn" and not on_gpu:
-        raise ConfigError(
-            f"model.attention = 'cudnn' needs an NVIDIA GPU, and JAX runs on the {jax.default_backend()} here: "
-            "set model.attention=auto"
-        )
-    if attention == AUTO:
-        attention = "xla"
-        if on_gpu and dtype == "bfloat16" and not settings.attention_dropout:
-            try:
-                _try_cudnn((2, tokens, model.num_heads, model.hidden_size // model.num_heads))
-                attention = "cudnn"
-            except Exception as error:  # whatever a missing or broken library makes JAX raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                logging.getLogger("vit_jax").warning(
-                    "attention is computed by XLA, for cuDNN's does not work here (%s)", reason
-                )
-    return dataclasses.replace(settings, dtype=dtype, attention=attention)
-
-
-def _try_cudnn(shape: tuple[int, int, int, int]) -> None:
-    """Raises where cuDNN's attention or its gradient does not run on [B, T, heads, K], or is not XLA's within bfloat16."""
-    draws = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
-
-    def both(implementation: str) -> Any:
-        attention = functools.partial(dot_product_attention, implementation=implementation, precision=jax.lax.Precision.DEFAULT)
-
-        @jax.jit
-        def run(query, key, value, gradient):
-            result, back = jax.vjp(attention, query, key, value)
-            return result, *back(gradient)
-
-        return jax.device_get(run(*draws))
-
-    for ours, theirs in zip(both("cudnn"), both("xla"), strict=True):
-        if not np.allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=0.05, atol=0.05):
-            raise ValueError("its numbers are not those of XLA")
 
 
 def start(run: Run) -> Layout:

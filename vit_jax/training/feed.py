@@ -13,7 +13,7 @@ from vit_jax.training.devices import Layout
 
 
 def fetch(data: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Pictures uint8 [B, H, W, 3] and labels int32 [B] of a batch, inside the step: gathered from `data`, or brought along."""
+    """Images uint8 [B, H, W, 3] and labels int32 [B] of a batch, inside the step: gathered from `data`, or brought along."""
     if data is None:
         return batch["images"], batch["labels"]
     return data["images"][batch["index"]], data["labels"][batch["index"]]
@@ -22,9 +22,9 @@ def fetch(data: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]
 class Feed:
     """A split of a data set as batches on the devices.
 
-    Resident, where the split's pictures take at most `budget` bytes: they lie on every device as uint8 (`data`, an
-    argument of the step, never a constant of the program) and a batch is the indices of its pictures. Streamed
-    otherwise: `data` is None, pictures are read while the device works on the batch before.
+    Resident, where the split's images take at most `budget` bytes: they lie on every device as uint8 (`data`, an
+    argument of the step, never a constant of the program) and a batch is the indices of its images. Streamed
+    otherwise: `data` is None, images are read while the device works on the batch before.
     """
 
     def __init__(self, source: Source, layout: Layout, budget: int):
@@ -47,7 +47,7 @@ class Feed:
             yield self.layout.put_batch(jax.tree.map(shaped, batch | {"place": place}), axis=1)
 
     def evaluation(self, size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray, np.ndarray]]:
-        """Every picture once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
+        """Every image once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
 
         The mask is False for the padding of the last batch.
         """

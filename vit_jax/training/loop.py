@@ -46,7 +46,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     config = folders.check(workdir, config)
     journal.say(f"loading {config.model.checkpoint or config.model.variant} and {config.data.task}")
     layout = devices.start(config.run)
-    layout.check(settings.batch_size, settings.accumulation)
+    layout.check(settings.batch_size, settings.grad_accum_steps)
     # Assembled before anything is written: a folder is used for what can run. A run that goes on needs no checkpoint.
     parts = assemble(config, layout, saved=restore.newest_record(workdir / "checkpoints"))
     config = parts.config
@@ -58,7 +58,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
         folders.record_environment(workdir, layout.describe(), parts.warnings)
         state = layout.put(parts.state() if restored is None else restored)
         start = step = int(jax.device_get(state.step))
-        batches = parts.train_feed.train(settings.batch_size, settings.accumulation, config.seed, start)
+        batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, config.seed, start)
         with journal.Journal(workdir, start, settings.steps) as log, jax.transfer_guard("disallow"):
             for text in journal.gaps(workdir, log.found, start, settings.steps):
                 log.say(text)

@@ -65,7 +65,7 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
     """XLA's memory analysis of a training step, its seconds, and those of one evaluation of the test split."""
     settings, layout = config.training, parts.layout
     state = layout.put(parts.state())
-    batches = parts.train_feed.train(settings.batch_size, settings.accumulation, config.seed, 0)
+    batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, config.seed, 0)
     batch, data = next(batches), parts.train_feed.data
     _say(f"compiling a training step of {settings.batch_size} images and measuring it")
     compiled = parts.step.lower(state, batch, data).compile()
@@ -99,7 +99,7 @@ def preview(config: Config) -> str:
     """
     check(config)
     layout, settings = devices.start(config.run), config.training
-    layout.check(settings.batch_size, settings.accumulation)
+    layout.check(settings.batch_size, settings.grad_accum_steps)
     parts = assemble(_without_download(config), layout)
     model, size = parts.model, config.data.image_size
     memory, step, evaluation = _measure(config, parts)
@@ -113,7 +113,7 @@ def preview(config: Config) -> str:
         f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
         f"{count:,} parameters, {model.num_classes} classes",
         f"data        {config.data.task}: {len(parts.train_feed):,} training and {len(parts.test_feed):,} test images, {where}",
-        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.accumulation} slice(s) over "
+        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} slice(s) over "
         f"{layout.describe()}",
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "
         f"({needed[0] / 2**20:,.0f} of state and data, {needed[1] / 2**20:,.0f} temporary)",

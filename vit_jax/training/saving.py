@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoints.google import read_meta, read_npz, save_npz
 from vit_jax.config import Config
 from vit_jax.errors import CheckpointError, TrainingError, reason
+from vit_jax.formats.google import read_meta, read_npz, save_npz
 from vit_jax.training import restore
 from vit_jax.training.state import TrainState
 

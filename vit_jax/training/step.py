@@ -33,7 +33,7 @@ def stream(seed: int, kind: int) -> jax.Array:
 def loss_of(model: VisionTransformer, transform: Callable[..., Any], seed: int) -> Forward:
     """forward(params, data, batch, step, dropout_key) → mean cross-entropy of a slice of a batch, float32 [].
 
-    `transform` is of transforms.for_training; each picture's draws are keyed by the seed, the step and the picture's
+    `transform` is of transforms.for_training; each image's draws are keyed by the seed, the step and the image's
     place in the whole batch, so that neither devices nor slices change them.
     """
 

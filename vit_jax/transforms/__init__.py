@@ -1,1 +1,1 @@
-"""What happens to pictures on the device, between the bytes of a batch and the model: pure JAX, inside the jitted step."""
+"""What happens to images on the device, between the bytes of a batch and the model: pure JAX, inside the jitted step."""

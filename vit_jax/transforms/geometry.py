@@ -1,6 +1,6 @@
 """Crop boxes and bilinear resampling, as products with small matrices of weights.
 
-Bilinear resampling of a box is linear in the picture and separable, so a batch of different boxes is two batched
+Bilinear resampling of a box is linear in the image and separable, so a batch of different boxes is two batched
 products: rows [B, h, H] and columns [B, w, W]. That needs no gather, runs on a GPU's matrix units, and makes it easy to
 see that no pixel from outside a box can take part: its weight is zero.
 """
@@ -20,7 +20,7 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Resizes as `tf.image.resize` of TF 2 does by default: bilinear, half-pixel centres, no antialiasing, no rounding.
 
     Args:
-        images: [B, H, W, C], any real type; pictures are uint8.
+        images: [B, H, W, C], any real type; images are uint8.
         size: of the result, in pixels: one number for a square, or (height, width). The aspect ratio is not kept.
 
     Returns:
@@ -32,16 +32,16 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
 
 
 def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int], flip: jax.Array | None = None) -> jax.Array:
-    """Cuts a box out of each picture, resizes it as `resize` does, and mirrors it left to right where asked.
+    """Cuts a box out of each image, resizes it as `resize` does, and mirrors it left to right where asked.
 
     The result is that of cropping first: no pixel from outside a box has any weight, also at its edges, where
     `jax.image.scale_and_translate` lets neighbours bleed in.
 
     Args:
-        images: [B, H, W, C], any real type; pictures are uint8.
-        boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the picture and not empty.
+        images: [B, H, W, C], any real type; images are uint8.
+        boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the image and not empty.
         size: of the result, in pixels: one number for a square, or (height, width).
-        flip: bool [B], which pictures to mirror; None: none of them.
+        flip: bool [B], which images to mirror; None: none of them.
 
     Returns:
         float32 [B, height, width, C] in the range of the input.
@@ -49,11 +49,11 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]
     out_height, out_width = _pair(size)
     batch, height, width, _ = images.shape
     if boxes.shape != (batch, 4):
-        raise ValueError(f"boxes has shape {boxes.shape}; {batch} pictures need ({batch}, 4): top, left, height, width.")
+        raise ValueError(f"boxes has shape {boxes.shape}; {batch} images need ({batch}, 4): top, left, height, width.")
     top, left, box_height, box_width = boxes.T
     rows = jax.vmap(lambda start, extent: _weights(start, extent, height, out_height))(top, box_height)
     columns = jax.vmap(lambda start, extent: _weights(start, extent, width, out_width))(left, box_width)
-    if flip is not None:  # a mirrored picture is one whose columns are read from the right
+    if flip is not None:  # a mirrored image is one whose columns are read from the right
         columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
     return _resample(images, rows, columns)
 
@@ -66,18 +66,18 @@ def random_boxes(
     "torchvision" is `RandomResizedCrop.get_params` (torchvision/transforms/transforms.py): area uniform, aspect ratio
     log-uniform in 3/4 to 4/3, the central crop after 10 misses. "tensorflow" is `sample_distorted_bounding_box`
     (tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc) as google-research/vision_transformer calls it:
-    aspect ratio uniform in 0.75 to 1.33, height uniform among those the area allows, the whole picture after 100 misses;
+    aspect ratio uniform in 0.75 to 1.33, height uniform among those the area allows, the whole image after 100 misses;
     small crops are more frequent. All attempts are drawn at once and the first that fits is taken.
 
     Args:
-        keys: typed keys [B], one a picture, so that a box does not depend on which others share its batch.
-        height: of the pictures, in pixels.
-        width: of the pictures, in pixels.
+        keys: typed keys [B], one an image, so that a box does not depend on which others share its batch.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
         distribution: "torchvision" or "tensorflow".
-        area: least and largest fraction of the picture's area, 0 < least <= largest <= 1.
+        area: least and largest fraction of the image's area, 0 < least <= largest <= 1.
 
     Returns:
-        int32 [B, 4], (top, left, height, width): whole pixels inside the picture.
+        int32 [B, 4], (top, left, height, width): whole pixels inside the image.
 
     Raises:
         ValueError: an unknown distribution, or an area out of range.
@@ -91,7 +91,7 @@ def random_boxes(
 
 
 def flips(keys: jax.Array) -> jax.Array:
-    """Decides by a fair coin for each of the typed keys [B] whether its picture is mirrored: bool [B]."""
+    """Decides by a fair coin for each of the typed keys [B] whether its image is mirrored: bool [B]."""
     return jax.vmap(jax.random.bernoulli)(keys)
 
 
@@ -108,7 +108,7 @@ def _weights(start, extent, length: int, out: int) -> jax.Array:
 
 
 def _resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Applies rows [h, H] or [B, h, H] and columns [w, W] or [B, w, W] to pictures [B, H, W, C]."""
+    """Applies rows [h, H] or [B, h, H] and columns [w, W] or [B, w, W] to images [B, H, W, C]."""
     row, column = ("bih", "bjw") if rows.ndim == 3 else ("ih", "jw")
     # Without HIGHEST a recent GPU multiplies in TF32, whose 10 bits are too few for the original's numbers.
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""From uint8 pictures to what a model is fed: keys, training transforms, evaluation transforms."""
+"""From uint8 images to what a model is fed: keys, training transforms, evaluation transforms."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 # Google's models see (x - 127.5) / 127.5 (vit_jax/input_pipeline.py of the original), which is this.
 _GOOGLE: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-# What a picture's key is folded with for each kind of draw. Numbers are never reused or changed, so that a new kind of
+# What an image's key is folded with for each kind of draw. Numbers are never reused or changed, so that a new kind of
 # augmentation leaves the draws of the others as they were.
 _CROP, _FLIP = 0, 1
 
@@ -35,20 +35,20 @@ def preprocess(
         float32 [B, height, width, 3], in [-1, 1] unless the model says otherwise.
 
     Raises:
-        ValueError: the pictures are not uint8, or not of this shape.
+        ValueError: the images are not uint8, or not of this shape.
     """
     return for_evaluation(size, model.normalization if model else None)(images)
 
 
 def example_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) -> jax.Array:
-    """Gives every picture of a batch a key of its own, which depends on nothing but the three arguments.
+    """Gives every image of a batch a key of its own, which depends on nothing but the three arguments.
 
     Threefry by name: its draws are equal under eager evaluation, jit, a mesh and pmap, those of `rbg` are not.
 
     Args:
         seed: of the run, or the typed key made from it.
         step: of the training, from 0.
-        index: int32 [B], the pictures' places in the global order of examples.
+        index: int32 [B], the images' places in the global order of examples.
 
     Returns:
         Typed keys [B].
@@ -69,8 +69,8 @@ def for_training(
         statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's scaling to [-1, 1].
 
     Returns:
-        A function of keys [B] (see `example_keys`), pictures uint8 [B, H, W, 3] and labels, to be called inside the jitted
-        step. It returns pictures float32 [B, height, width, 3] and the labels.
+        A function of keys [B] (see `example_keys`), images uint8 [B, H, W, 3] and labels, to be called inside the jitted
+        step. It returns images float32 [B, height, width, 3] and the labels.
     """
 
     def transform(keys: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,10 +89,10 @@ def for_training(
 def for_evaluation(
     size: int | tuple[int, int], statistics: Statistics | None = None
 ) -> Callable[[jax.Array | np.ndarray], jax.Array]:
-    """Builds what happens to pictures in evaluation: resized straight to the size, scaled; arguments as in `for_training`.
+    """Builds what happens to images in evaluation: resized straight to the size, scaled; arguments as in `for_training`.
 
     Returns:
-        A function of pictures uint8 [B, H, W, 3] to float32 [B, height, width, 3].
+        A function of images uint8 [B, H, W, 3] to float32 [B, height, width, 3].
     """
 
     def transform(images: jax.Array | np.ndarray) -> jax.Array:
@@ -104,11 +104,11 @@ def for_evaluation(
 
 def _check(images: jax.Array | np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"Pictures must be uint8 of shape [batch, height, width, 3]; got {images.dtype} {list(images.shape)}.")
+        raise ValueError(f"Images must be uint8 of shape [batch, height, width, 3]; got {images.dtype} {list(images.shape)}.")
 
 
 def scale(images: jax.Array, statistics: Statistics | None) -> jax.Array:
-    """Pictures [B, H, W, 3] of values in [0, 255], less the channels' means and over their deviations; float32."""
+    """Images [B, H, W, 3] of values in [0, 255], less the channels' means and over their deviations; float32."""
     mean, deviation = (255 * np.reshape(s, (1, 1, 1, 3)) for s in statistics or _GOOGLE)
     return (images - mean.astype(np.float32)) / deviation.astype(np.float32)
 

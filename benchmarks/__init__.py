@@ -1,0 +1,1 @@
+"""What this package costs in time and memory, measured beside others: `python -m benchmarks --help`."""

@@ -1,0 +1,311 @@
+"""What a model gets to see of an image: compared with evaluation's own arithmetic and with NumPy."""
+
+import contextlib
+import functools
+import http.server
+import io
+import os
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.errors import ImageError
+from vit_jax.predict import images
+from vit_jax.predict.images import fetch, open_image, read, resize, within
+from vit_jax.transforms import geometry
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def seen(source, size=(64, 64)):
+    """The pixels that are resized, uint8 [H, W, 3]."""
+    return np.asarray(open_image(source, size, "it"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((32, 32), (64, 64)), ((32, 32), (224, 224)), ((333, 500), (224, 224)), ((223, 225), (224, 224)), ((1, 1), (32, 32)),
+     ((895, 70), (224, 384)), ((7, 300), (16, 16))],
+)  # fmt: skip
+def test_resizing_is_that_of_evaluation(noise, shape, size):
+    pixels = noise(*shape)
+    expected = jax.jit(geometry.resize, static_argnums=1)(pixels[None], size)[0]
+    found = resize(pixels, size)
+    assert found.dtype == np.float32 and found.shape == (*size, 3)
+    np.testing.assert_allclose(found, expected, atol=255 * 1e-6, rtol=0)
+
+
+def test_an_image_below_four_times_the_size_is_seen_as_in_evaluation(noise):
+    pixels = noise(4 * 32 - 1, 50)
+    assert np.array_equal(read(encoded(Image.fromarray(pixels)), (32, 32), "it"), resize(pixels, (32, 32)))
+
+
+def test_of_larger_ones_blocks_are_averaged(noise):
+    pixels = noise(6 * 32, 4 * 32 - 1)  # two sizes and more of height are left when three rows become one; the width stays
+    means = pixels.reshape(64, 3, -1, 3).mean(axis=1)
+    assert abs(seen(Image.fromarray(pixels), (32, 32)) - means).max() < 1
+
+
+@pytest.mark.parametrize("side", [1024, 1000])
+def test_a_fine_pattern_comes_out_grey(side):
+    board = np.indices((side, side)).sum(axis=0) % 2 * 255
+    assert abs(read(board.astype(np.uint8), (32, 32), "it") - 127.5).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_small(monkeypatch):
+    ramp = np.linspace(0, 255, 2048).astype(np.uint8)
+    file = encoded(Image.fromarray(np.broadcast_to(ramp, (1536, 2048))), "JPEG", quality=95)
+    drafted = []
+    upright = images._upright
+    monkeypatch.setattr(images, "_upright", lambda image, *rest: drafted.append(image.size) or upright(image, *rest))
+    found = read(file, (64, 64), "it")
+    assert drafted == [(256, 192)]
+    np.testing.assert_allclose(found[32, :, 0], resize(ramp[None, :, None], (1, 64))[0, :, 0], atol=4)
+    assert read(encoded(Image.new("RGB", (300, 200), "red"), "JPEG"), (64, 64), "it").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_exif_says_how_an_image_lies(noise, orientation, kind):
+    upright = noise(20, 30)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: np.rot90(upright.swapaxes(0, 1), 2),
+        8: np.rot90(upright, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(seen(encoded(Image.fromarray(stored[orientation]), kind, exif=exif)), upright)
+
+
+def test_damaged_exif_is_no_reason_to_fail(noise):
+    pixels = noise()
+    assert np.array_equal(seen(encoded(Image.fromarray(pixels), exif=b"Exif\0\0MM\0*\0\0\0\xff")), pixels)
+
+
+def test_what_is_transparent_lies_on_white():
+    colours = np.array([[[200, 0, 100, 0], [200, 0, 100, 51], [200, 0, 100, 255]]], np.uint8)
+    expected = [[255, 255, 255], [244, 204, 224], [200, 0, 100]]
+    grey = np.array([[[0, 0], [0, 51], [0, 255]]], np.uint8)
+    for source in (colours, encoded(Image.fromarray(colours)), encoded(Image.fromarray(colours), "WEBP", lossless=True)):
+        assert abs(seen(source)[0].astype(int) - expected).max() <= 1
+    assert seen(encoded(Image.fromarray(grey)))[0, :, 0].tolist() == [255, 204, 0]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert seen(encoded(palette)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert seen(encoded(palette, transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_every_kind_of_pixel_becomes_rgb(noise):
+    pixels = noise()
+    grey = pixels[..., 0]
+    three = np.repeat(grey[..., None], 3, axis=-1)
+    wide = (grey.astype(np.uint16) << 8) + pixels[..., 1]
+    two, four = Image.fromarray(wide), Image.fromarray(wide.astype(np.int32))
+    for source in (grey, grey[..., None], Image.fromarray(grey), encoded(two), encoded(two, "TIFF"), encoded(four, "TIFF")):
+        assert np.array_equal(seen(source), three)
+    assert np.array_equal(seen(encoded(Image.fromarray(grey > 127))), 255 * (three > 127))
+    cmyk = seen(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).astype(int)
+    assert abs(cmyk - [255, 0, 0]).max() < 8
+    film = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert (seen(encoded(film[0], "GIF", save_all=True, append_images=film[1:])) == [255, 0, 0]).all()
+
+
+def cut_jpeg(folder):
+    file = encoded(Image.effect_noise((200, 200), 50), "JPEG")
+    (folder / "cut.jpg").write_bytes(file[: len(file) // 2])
+    return folder / "cut.jpg"
+
+
+def text(folder):
+    (folder / "text.jpg").write_text("<html>")
+    return folder / "text.jpg"
+
+
+def postscript(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.eps")
+    return folder / "a.eps"
+
+
+def huge(folder):
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return folder / "huge.png"
+
+
+def large(folder):
+    Image.new("1", (10_000, 9_000)).save(folder / "large.png")  # between what Pillow warns of and what it refuses
+    return folder / "large.png"
+
+
+def full(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: folder / "none.jpg", "there is no file "),
+        (lambda folder: folder, " is a folder without images"),
+        (full, r" is a folder of images: name them, as .*a\.png"),
+        (text, r"text\.jpg is no image of a kind that is read here: AVIF, BMP, GIF, JPEG"),
+        (postscript, r"a\.eps is no image of a kind that is read here"),
+        (cut_jpeg, r"cut\.jpg cannot be read \(image file is truncated"),
+        (huge, r"huge\.png has more than the 89,478,485 pixels that are read .*: scale it down first"),
+        (large, r"large\.png has more than the 89,478,485 pixels that are read .*: scale it down first"),
+        (lambda folder: b"", " is empty"),
+        (lambda folder: np.zeros((4, 4, 3), np.float32), "has pixels of type float32, expected uint8, from 0 to 255"),
+        (lambda folder: np.zeros((3, 40, 40), np.uint8), r"has the shape \[3, 40, 40\], expected \[height, width\]"),
+        (lambda folder: np.zeros((0, 4, 3), np.uint8), r"has the shape \[0, 4, 3\], expected"),
+        (lambda folder: Image.new("F", (4, 4)), "has pixels of 32 bits, whose range nothing says"),
+    ],
+)
+def test_what_is_no_image_is_named_in_a_sentence(tmp_path, make, said):
+    source = make(tmp_path)
+    with pytest.raises(ImageError, match=said) as caught:
+        read(source, (32, 32), str(source) if isinstance(source, type(tmp_path)) else "this")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limit_is_pillows(monkeypatch):
+    for limit, passes in ((63, False), (64, True), (None, True)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with contextlib.nullcontext() if passes else pytest.raises(ImageError, match="more than the 63 pixels"):
+            read(encoded(Image.new("L", (8, 8))), (32, 32), "it")
+
+
+def test_an_image_of_one_pixel():
+    assert (read(encoded(Image.new("RGB", (1, 1), (1, 2, 3))), (32, 32), "it") == [1, 2, 3]).all()
+
+
+def test_the_images_of_a_folder(tmp_path):
+    for name in ("b.JPG", "a.webp", "sub/c.png", "notes.txt", ".hidden.png", ".trash/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in within(tmp_path)] == ["a.webp", "b.JPG", "sub/c.png"]
+    assert list(within(tmp_path / "notes.txt")) == []
+
+
+@pytest.fixture(scope="module")
+def server():
+    red = encoded(Image.new("RGB", (8, 8), "red"))
+    over = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/drip"):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX: " + (b"\r\n\r\n" if self.path == "/drip" else b""))
+                with contextlib.suppress(OSError):
+                    while not over.wait(0.02):
+                        self.wfile.write(b"x")
+                return
+            kind = {"/page": "text/html; charset=utf-8"}.get(self.path, "application/octet-stream")
+            self.send_response(404 if self.path == "/none" else 200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(red) + (self.path == "/cut")))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(red)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=functools.partial(found.serve_forever, poll_interval=0.01))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        over.set()
+        found.shutdown()
+        thread.join()
+
+
+def test_an_image_at_an_address(server):
+    assert (read(f"{server}/red.png", (32, 32), "it") == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/page", r"/page is a page \(text/html\), not an image: give the address of the image on it"),
+        ("/none", r"/none cannot be fetched \(404 Not Found\)"),
+        ("/cut", r"/cut cannot be fetched \(.*\)"),
+    ],
+)
+def test_an_address_without_an_image(server, path, said):
+    with pytest.raises(ImageError, match=f"^{server}{said}$"):
+        read(server + path, (32, 32), server + path)
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
+def test_a_server_that_drips_is_not_waited_for(server, monkeypatch, path):
+    """Each byte comes soon after the one before, and there is no end of them."""
+    monkeypatch.setattr(images, "_PATIENCE", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(ImageError, match=f"{server}{path} cannot be fetched .(not whole|no answer) within 0.5 s"):
+        fetch(server + path)
+    assert time.monotonic() - begun < 5
+
+
+def test_addresses_have_bounds(server, monkeypatch):
+    monkeypatch.setattr(images, "MOST_BYTES", 10)
+    with pytest.raises(ImageError, match=r"red.png cannot be fetched \([\d,]+ bytes, at most 10 are read\)"):
+        fetch(f"{server}/red.png")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}/x.png"
+        with pytest.raises(ImageError, match=re.escape(f"{address} cannot be fetched (Connection refused)")):
+            fetch(address)
+    with pytest.raises(ImageError, match="http:// cannot be fetched"):
+        fetch("http://")
+
+
+def test_a_pipe_is_not_waited_at(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x.png is no regular file"):
+        read(tmp_path / "x.png", (8, 8), str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.int32, "x.tif"), (np.uint16, "x.png"), (np.uint16, "x.tif")])
+def test_many_bits_of_small_values_have_no_known_range(tmp_path, dtype, name):
+    """By their higher bytes alone they would all be black."""
+    Image.fromarray(np.full((8, 8), 200, dtype)).save(tmp_path / name)
+    with pytest.raises(ImageError, match=f"^{name} has more than 8 bits a pixel and no value above 255"):
+        read(tmp_path / name, (8, 8), name)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif", "png", "jpg"])
+def test_large_images_are_decoded_on_one_thread(tmp_path, monkeypatch, suffix):
+    """glibc's malloc keeps what a thread freed for that thread: taking turns on eight threads, WebP files took 3.3 GiB."""
+    Image.init()
+    if suffix == "avif" and "AVIF" not in Image.OPEN:
+        pytest.skip("this Pillow has no AVIF")
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (64, 64)).save(path)
+    monkeypatch.setattr(images, "_LARGE", 64 * 64 - 1)
+    original, threads = images._upright, []
+
+    def watching(*args):
+        threads.append(threading.get_ident())
+        time.sleep(0.02)
+        return original(*args)
+
+    monkeypatch.setattr(images, "_upright", watching)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda source: read(source, (32, 32), "x"), 2 * [path, path.read_bytes()]))
+    assert len(threads) == 4 and len(set(threads)) == 1

@@ -1,1 +1,0 @@
-"""What this package costs in time and memory, measured beside others: `python -m vit_jax.benchmark --help`."""

@@ -36,19 +36,22 @@ MEMORY_ADVICE = (
 
 
 def draw(workdir: Path) -> None:
-    """Writes the page of a finished run; the run is whole whatever goes wrong here."""
+    """Writes the page of a finished run; an error here does not change the run's result."""
     from vit_jax.reports import page
 
     try:
         print(f"Page: {page.write(workdir)}")
-    except Exception as error:  # of any kind, for the same reason
+    except Exception as error:  # of any kind: the run is complete without its page
         print(f"no page was drawn ({type(error).__name__}: {reason(error)})", file=sys.stderr)
 
 
 def run(config: Config, values: flags.FlagValues) -> int:
     """Does what the flags ask for; returns the exit status."""
+    from vit_jax import runtime
     from vit_jax.training import loop, preview
     from vit_jax.training.command import report, workdir_of
+
+    runtime.prepare()
 
     flag: Any = values["config"]
     workdir = Path(values.workdir or workdir_of(flag.config_filename))

@@ -212,7 +212,7 @@ def _loop(options: argparse.Namespace) -> Result:
         def dispatched(n: int) -> None:
             nonlocal state
             for _ in range(n):
-                state, _ = parts.step(state, next(batches), parts.train_feed.data)
+                state, _ = parts.program.train_step(state, next(batches), parts.train_feed.data)
             jax.block_until_ready(state)
 
         bare = timed(dispatched)

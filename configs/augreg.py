@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> Config:
     config.optimizer.warmup_steps = 200
     config.training.steps = 2500
     config.training.batch_size = 512
-    config.training.grad_accum_steps = 8  # as the original does, for the memory of one device
+    config.training.grad_accum_steps = 8  # as the original, to fit the memory of one device
     config.training.eval_every = 500
     config.training.save_every = 500
     return config

@@ -15,7 +15,7 @@ from typing import Any
 
 from vit_jax.errors import ConfigError, printable, reason
 
-AUTO = "auto"  # of a field that is settled by what a run finds when it begins, and written out then
+AUTO = "auto"  # of a field that a run resolves when it begins, and writes out then
 
 
 @dataclasses.dataclass(slots=True)  # so that a misspelt field of a configuration file is an error
@@ -129,6 +129,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.clip_norm": (0, 1e9),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
+RENAMED = {"training.accumulation": "training.grad_accum_steps"}  # fields of earlier versions, in config.json of their runs
 _FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
 
 
@@ -220,7 +221,7 @@ def check(config: Config) -> None:
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of fields that differ and change the numbers: all but those of `run`; what is not settled differs from nothing."""
+    """Names of fields that differ and change the numbers: all but those of `run`; an unresolved "auto" differs from no value."""
     ours, theirs = fields(a), fields(b)
 
     def differs(ours: Any, theirs: Any) -> bool:
@@ -241,6 +242,7 @@ def from_json(text: str, source: str) -> Config:
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the whole file'} must be an object, got {_shown(values)}")
         known = {field.name: field for field in dataclasses.fields(kind)}
+        values = {RENAMED.get(prefix + name, name).removeprefix(prefix): value for name, value in values.items()}
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"{source}: there is no field {prefix}{unknown[0]}; there are {', '.join(known)}")
         made = {}
@@ -261,7 +263,7 @@ def from_json(text: str, source: str) -> Config:
 
 
 def split(source: str) -> tuple[str, str]:
-    """The file and the argument of "configs/augreg.py:R+Ti/16,pets"; the argument is "" where there is none."""
+    """The file and the argument of "configs/augreg.py:R+Ti/16,pets"; the argument is "" if there is none."""
     if Path(source).is_file():
         return source, ""
     path, _, argument = source.partition(":")

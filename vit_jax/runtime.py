@@ -25,7 +25,8 @@ import numpy as np
 from vit_jax.config import AUTO, Model
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import cache_root, whole_file
-from vit_jax.models.vit import VisionTransformer, dot_product_attention
+from vit_jax.models.layers import dot_product_attention
+from vit_jax.models.vit import VisionTransformer
 
 _log = logging.getLogger("vit_jax")
 _ENTRY = "*-cache"  # what JAX calls an entry of its cache

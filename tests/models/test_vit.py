@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vit_jax.models.intermediates import attention_maps, features, stages
+from vit_jax.models.layers import dot_product_attention
 from vit_jax.models.variants import build, shapes
-from vit_jax.models.vit import dot_product_attention
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64)
 

@@ -61,7 +61,7 @@ def test_the_probabilities_of_an_evaluation(config, tmp_path):
     layout = devices.start(config.run)
     config.model.keep_head = "true"
     parts = assemble(config, layout)
-    logits, _ = predictions(parts.predict, layout.put(parts.params), parts.test_feed, config.run.eval_batch_size)
+    logits, _ = predictions(parts.program.predict, layout.put(parts.params), parts.test_feed, config.run.eval_batch_size)
     save_npz(tmp_path / "final.npz", parts.params, parts.meta)
     compare(tmp_path, logits, tmp_path)
 

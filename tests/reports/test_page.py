@@ -31,7 +31,8 @@ from vit_jax.reports.events import wall_time
 from vit_jax.reports.page import write
 from vit_jax.reports.runs import Missing, read, superclasses
 from vit_jax.training.loop import train
-from vit_jax.training.step import AUGMENT, loss_of, stream
+from vit_jax.training.step import Batch, loss_of
+from vit_jax.transforms.keys import stream
 from vit_jax.transforms.preprocess import for_training
 
 FIGURES = {
@@ -224,9 +225,8 @@ def test_training_images_are_exactly_what_the_model_gets(run, monkeypatch):
     index = next(batches.train(len(source), config.training.batch_size, config.seed))
     images, labels = source.take(index)
     forward = loss_of(Model(), for_training(config.augment, config.data.image_size), config.seed)
-    batch = {"images": jnp.asarray(images), "labels": jnp.asarray(labels), "place": jnp.arange(len(index), dtype=jnp.int32)}
-    forward({}, None, batch, 0, stream(0, 0))
-    assert drawings._AUGMENT == AUGMENT
+    batch = Batch(jnp.arange(len(index), dtype=jnp.int32), None, jnp.asarray(images), jnp.asarray(labels))
+    forward({}, batch, None, 0, stream(0, 0))
 
     shown = []
     real = figures.training_images

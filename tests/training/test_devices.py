@@ -1,7 +1,5 @@
 """Layouts, feeds and evaluation: how the work is shared must not show in the numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +9,13 @@ from vit_jax import runtime
 from vit_jax.config import Augment, Model, Optimizer, Run
 from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
-from vit_jax.training import devices
+from vit_jax.training import devices, program
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.devices import Layout
 from vit_jax.training.evaluate import metrics, predictions
 from vit_jax.training.feed import Feed
 from vit_jax.training.state import create
-from vit_jax.training.step import logits_of, loss_of, train_step
-from vit_jax.transforms.preprocess import for_evaluation, for_training
+from vit_jax.transforms.preprocess import for_evaluation
 
 EVERYTHING = 2**30  # a budget that every split fits in
 
@@ -44,8 +41,7 @@ def layout(parallel: str, count: int) -> Layout:
 def losses(model, params, source, where: Layout, steps=20, slices=1, budget=EVERYTHING, seed=0, crop="torchvision"):
     """The losses of a run with crops and flips, and its last state."""
     optimizer = optimizers.build(Optimizer(warmup_steps=5), steps)
-    forward = loss_of(model, for_training(Augment(crop=crop), 8), seed)
-    step = where.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed))
+    step = program.build(model, Augment(crop=crop), optimizer, where, seed, 8).train_step
     feed = Feed(source, where, budget)
     state, found = where.put(create(params, optimizer)), []
     batches = feed.train(16, slices, seed, 0)
@@ -93,7 +89,7 @@ def test_every_image_counts_once(model_and_params, source_of, parallel, count, b
     model, params = model_and_params
     source, where = source_of(1003), layout(parallel, count)
     feed = Feed(source, where, budget)
-    predict = where.evaluate(logits_of(model, for_evaluation(8)))
+    predict = program.build(model, Augment(), optimizers.build(Optimizer(), 1), where, 0, 8).predict
     images = for_evaluation(8)(source.images)
     expected = metrics(np.asarray(model.apply({"params": params}, images)), source.labels)
     for size in (1, 7, 64, 10_000):
@@ -168,7 +164,7 @@ def test_what_is_left_open_is_settled_by_the_device(monkeypatch, caplog):
     for fields in (dict(dtype="float32"), dict(attention_dropout=0.1), dict(attention="xla")):
         assert settled(**fields)[1] == "xla"
     assert settled(attention="cudnn") == ("bfloat16", "cudnn") and not caplog.messages
-    xla = devices.dot_product_attention
+    xla = runtime.dot_product_attention
     monkeypatch.setattr(runtime, "dot_product_attention", lambda *a, implementation, **k: xla(*a, implementation="xla", **k))
     assert settled() == ("bfloat16", "cudnn")
     wrong = lambda *a, implementation, **k: xla(*a, implementation="xla", **k) * (1 if implementation == "xla" else 1.5)  # noqa: E731

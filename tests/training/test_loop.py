@@ -285,7 +285,7 @@ def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
 
     def counting(*args, **kwargs):
         parts = original(*args, **kwargs)
-        traces.append(parts.step)
+        traces.append(parts.program.train_step)
         return parts
 
     monkeypatch.setattr(loop, "assemble", counting)
@@ -296,7 +296,7 @@ def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
 def test_dry_run(config):
     text = preview(config)
     assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test images" in text
-    assert "16 images of 16×16×3 in 1 slice(s) over 8 × cpu, jit over a mesh" in text
+    assert "16 images of 16×16×3 in 1 microbatch(es) over 8 CPUs" in text
     assert "MiB a device" in text and "12 steps, about" in text
 
 
@@ -331,7 +331,7 @@ def test_a_loop_around_nothing_is_fast(config, tmp_path, monkeypatch):
     def nothing(state, batch, data, *, forward, optimizer, seed, axis=None):
         return state._replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
 
-    monkeypatch.setattr("vit_jax.training.assemble.train_step", nothing)
+    monkeypatch.setattr("vit_jax.training.program.train_step", nothing)
     monkeypatch.setattr("vit_jax.training.devices.jax.local_devices", lambda: jax.devices()[:1])
     times = []
     for steps in (1000, 3000):

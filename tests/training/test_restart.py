@@ -105,7 +105,7 @@ def test_first_lines_say_what_runs(config, tmp_path, capsys):
     loop.train(config, tmp_path)
     said = capsys.readouterr().err
     order = [said.index(text) for text in ("loading ", "5,610 parameters", "compiling the training step")]
-    assert order == sorted(order) and "64 training and 50 test images; 8 × cpu" in said
+    assert order == sorted(order) and "64 training and 50 test images; 8 CPUs" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

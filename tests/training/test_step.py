@@ -14,7 +14,7 @@ from vit_jax.formats.google import read_npz
 from vit_jax.models.variants import build, from_tree
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.state import create
-from vit_jax.training.step import loss_of, train_step
+from vit_jax.training.step import Batch, loss_of, train_step
 from vit_jax.transforms.preprocess import for_training
 
 FILES = ["tiny_bf16mom_accum1_head", "tiny_bf16mom_accum2_head", "tiny_f32mom_accum1_head"]
@@ -60,10 +60,7 @@ def test_the_original_trajectory(name, shared, tmp_path):
     state = create(jax.tree.map(jnp.asarray, params), optimizer)
     for i in range(5):
         images = (oracle["images_u8"][i].astype(np.float32) - 127.5) / 127.5
-        batch = {
-            "images": images.reshape(slices, -1, *images.shape[1:]),
-            "labels": oracle["labels"][i].reshape(slices, -1),
-        }
+        batch = Batch(images=images.reshape(slices, -1, *images.shape[1:]), labels=oracle["labels"][i].reshape(slices, -1))
         state, metrics = step(state, batch, None)
         assert abs(metrics["loss"] / oracle["losses"][i] - 1) < 1e-5
         assert abs(metrics["gradient_norm"] / oracle["grad_norms_before_clip"][i] - 1) < 1e-5
@@ -95,7 +92,8 @@ def updated(model, params, data, slices, settings, seed=0, steps=1, augment=Augm
     forward = loss_of(model, for_training(augment, 16), seed)
     step = jax.jit(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed))
     state, losses = create(params, optimizer), []
-    batch = {name: jnp.arange(8, dtype=jnp.int32).reshape(slices, -1) for name in ("index", "place")}
+    index = jnp.arange(8, dtype=jnp.int32).reshape(slices, -1)
+    batch = Batch(example_index=index, index=index)
     for _ in range(steps):
         state, metrics = step(state, batch, data)
         losses.append(float(metrics["loss"]))

@@ -25,9 +25,9 @@ def test_folder_of_another_configuration_is_refused(tmp_path):
 
 def test_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="holds something else than a run"):
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
         check(tmp_path, Config())
-    with pytest.raises(ConfigError, match="holds something else than a run"):
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
         check(tmp_path / "thesis.tex", Config())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.config import Augment
-from vit_jax.transforms import geometry, preprocess
+from vit_jax.transforms import geometry, keys, preprocess
 
 STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
@@ -16,7 +16,7 @@ def pixels(batch: int, height: int = 16, width: int = 16) -> np.ndarray:
 
 
 def example_keys(batch: int, seed=0, step=0) -> jax.Array:
-    return preprocess.example_keys(seed, step, jnp.arange(batch))
+    return keys.example_keys(keys.stream(seed, keys.AUGMENT), step, jnp.arange(batch))
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
@@ -46,60 +46,39 @@ def test_evaluation_resizes_straight_and_normalises():
     ids=["float", "one image", "grey", "int64"],
 )
 def test_what_is_no_batch_of_images_is_refused(images):
-    with pytest.raises(ValueError, match=r"must be uint8 of shape \[batch, height, width, 3\]; got "):
+    with pytest.raises(ValueError, match=r"must be uint8 of shape \[batch, height, width, 3\], got "):
         preprocess.preprocess(images, 16)
     with pytest.raises(ValueError, match="must be uint8"):
         preprocess.for_training(Augment(), 16)(example_keys(2), images, jnp.zeros(2))
 
 
-def test_keys_depend_on_seed_step_and_index_alone():
-    index = jnp.array([5, 0, 70000, 5], jnp.int32)
-    data = jax.random.key_data
-    keys = data(preprocess.example_keys(3, 7, index))
-    for i, one in enumerate(index):
-        np.testing.assert_array_equal(data(preprocess.example_keys(3, 7, one[None]))[0], keys[i])
-    np.testing.assert_array_equal(keys[0], keys[3])
-    np.testing.assert_array_equal(data(jax.jit(preprocess.example_keys)(3, 7, index)), keys)
-    made = jax.random.key(3, impl="threefry2x32")
-    np.testing.assert_array_equal(data(jax.jit(preprocess.example_keys)(made, 7, index)), keys)
-    for seed, step in ((4, 7), (3, 8), (7, 3)):
-        assert (data(preprocess.example_keys(seed, step, index)) != keys).any(axis=1).all()
-
-
-def test_keys_are_threefry_whatever_the_default():
-    with jax.default_prng_impl("rbg"):
-        keys = example_keys(2)
-    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(example_keys(2)))
-
-
 @pytest.mark.parametrize("crop", ["tensorflow", "none"])
 def test_training_crops_then_flips_then_scales(crop):
-    images, keys, labels = pixels(32, 16, 24), example_keys(32), jnp.arange(32)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    flip = geometry.flips(fold(keys, 1))
+    images, own, labels = pixels(32, 16, 24), example_keys(32), jnp.arange(32)
+    flip = geometry.flips(keys.fold(own, keys.FLIP))
     assert set(flip.tolist()) == {True, False}
-    straight, same_labels = jax.jit(preprocess.for_training(Augment(crop, (0.3, 0.6), False), 12))(keys, images, labels)
+    straight, same_labels = jax.jit(preprocess.for_training(Augment(crop, (0.3, 0.6), False), 12))(own, images, labels)
     np.testing.assert_array_equal(same_labels, labels)
     if crop == "none":
         expected = geometry.resize(images, 12)
     else:
-        draw = jax.jit(lambda keys: geometry.random_boxes(keys, 16, 24, distribution=crop, area=(0.3, 0.6)))
-        expected = geometry.crop_resize(images, draw(fold(keys, 0)), 12)
+        draw = jax.jit(lambda own: geometry.random_boxes(own, 16, 24, distribution=crop, area=(0.3, 0.6)))
+        expected = geometry.crop_resize(images, draw(keys.fold(own, keys.CROP)), 12)
     np.testing.assert_allclose(straight, expected / 127.5 - 1, atol=2e-6)
     # the flip's draw leaves the crop's as it was
-    flipped, _ = jax.jit(preprocess.for_training(Augment(crop, (0.3, 0.6), True), 12))(keys, images, labels)
+    flipped, _ = jax.jit(preprocess.for_training(Augment(crop, (0.3, 0.6), True), 12))(own, images, labels)
     expected = np.where(flip[:, None, None, None], straight[:, :, ::-1], straight)
     np.testing.assert_allclose(flipped, expected, atol=2e-6)
 
 
 def test_training_does_not_depend_on_the_batch_an_image_is_in():
-    images, keys, labels = pixels(32), example_keys(32), jnp.arange(32)
+    images, own, labels = pixels(32), example_keys(32), jnp.arange(32)
     transform = jax.jit(preprocess.for_training(Augment(), 24, STATISTICS))
-    expected, _ = transform(keys, images, labels)
+    expected, _ = transform(own, images, labels)
     order = np.random.default_rng(1).permutation(32)
-    shuffled, _ = transform(keys[order], images[order], labels[order])
+    shuffled, _ = transform(own[order], images[order], labels[order])
     np.testing.assert_allclose(shuffled, expected[order], atol=1e-5)
-    folded = [x.reshape(8, 4, *x.shape[1:]) for x in (keys, images, labels)]
+    folded = [x.reshape(8, 4, *x.shape[1:]) for x in (own, images, labels)]
     parallel, parallel_labels = jax.pmap(transform)(*folded)
     np.testing.assert_allclose(parallel.reshape(expected.shape), expected, atol=1e-5)
     np.testing.assert_array_equal(parallel_labels.reshape(32), labels)

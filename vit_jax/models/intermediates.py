@@ -1,4 +1,4 @@
-"""What happens inside a model: features, attention maps, the outputs of its stages. The model itself stays as it is."""
+"""Features, attention maps and the outputs of all stages of a model, read without a change of the model."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ _ATTENTION = "MultiHeadDotProductAttention_1"
 
 
 def features(model: VisionTransformer, params: dict[str, Any], images) -> jax.Array:
-    """What the head sees, float32 [B, hidden_size] (after pre_logits, where the model has them); images as the model's."""
+    """What the head sees, float32 [B, hidden_size] (after pre_logits, if the model has them); images as the model's."""
     return model.clone(num_classes=0).apply({"params": params}, images)  # type: ignore[return-value]
 
 
@@ -43,7 +43,7 @@ def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int] | 
 
 
 def attention_rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """How much of each patch reaches the class token through all layers: attention rollout, float32 [B, grid, grid].
+    """Attention rollout: how much of each patch reaches the class token through all layers, float32 [B, grid, grid].
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3, as appendix D.8 of the ViT paper has it:
     the mean over heads, the identity added for the residual connection, rows normalised, layers multiplied; of the product
@@ -53,7 +53,9 @@ def attention_rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> n
       maps: attention weights [layers, B, heads, tokens, tokens] of `vit_jax.attention_maps`, the class token first.
       grid: (height, width) of the patches; None: they make a square.
 
-    Raises ValueError where there is no class row: the other tokens make no such grid, as in models that average all.
+    Raises:
+      ValueError: if the maps have another shape, or there is no class row because the other tokens do not fill the grid, as in
+        models that average all tokens.
     """
     maps = np.asarray(maps)
     if maps.ndim != 5 or maps.shape[-1] != maps.shape[-2]:
@@ -68,7 +70,7 @@ def attention_rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> n
         mixed = layer.mean(axis=1, dtype=np.float64) + np.eye(maps.shape[-1])
         row = row @ (mixed / mixed.sum(axis=-1, keepdims=True))
     patches = row[:, 0, 1:]
-    # A class token that looks at itself alone gives zeros.
+    # A class token that attends only to itself gives zeros.
     return (
         (patches / np.maximum(patches.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny))
         .reshape(-1, *found)
@@ -77,10 +79,10 @@ def attention_rollout(maps: ArrayLike, grid: tuple[int, int] | None = None) -> n
 
 
 def stages(model: VisionTransformer, params: dict[str, Any], images) -> dict[str, jax.Array]:
-    """The outputs of a model's parts in order, for finding where two implementations part.
+    """The outputs of a model's parts in order, to find where two implementations diverge.
 
     "embedding" [B, h, w, D]; "block_0" … [B, T, D]; "features" [B, D], after the last LayerNorm and pooling;
-    "pre_logits" [B, R] where the model has them; "logits" [B, classes] where it has a head.
+    "pre_logits" [B, R] if the model has them; "logits" [B, classes] if it has a head.
     """
     logits, found = _captured(model, params, images)
     encoder = found["Transformer"]

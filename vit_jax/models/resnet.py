@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vit_jax.models.layers import precision_of
+
 GroupNorm = partial(nn.GroupNorm, num_groups=32, epsilon=1e-6)
-
-
-def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
-    """Of products in a computation's type: what is called float32 is that, where a GPU would by default take TF32's 10 bits."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
 
 
 class StdConv(nn.Module):

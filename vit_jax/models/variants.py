@@ -76,7 +76,7 @@ def build(name: str, **fields: Any) -> VisionTransformer:
 
 
 def name_of(model: VisionTransformer) -> str | None:
-    """The row of VARIANTS that a model's sizes are, whatever its head; None where there is none."""
+    """The row of VARIANTS that a model's sizes are, whatever its head; None if there is none."""
     if model.resnet is not None and model.resnet_width != 64:
         return None
     return next((name for name, row in VARIANTS.items() if all(getattr(model, key) == row[key] for key in row)), None)
@@ -104,14 +104,14 @@ def patches(model: VisionTransformer, tree: Mapping[str, Any]) -> int:
 
 
 def count(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
-    """The number of the model's parameters; `image_size` matters, for the positions are parameters."""
+    """The number of the model's parameters; `image_size` matters, because the positions are parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_size)))
 
 
 def flops(model: VisionTransformer, image_size: int | tuple[int, int] = 224) -> int:
     """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two.
 
-    Matrix products and convolutions alone, which is what a matrix unit is rated by: what is done element by element (norms,
+    Only matrix products and convolutions, by which a matrix unit is rated; elementwise operations (norms,
     softmax, GELU) is left out. A training step is three times this: its backward pass computes two products for each.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size

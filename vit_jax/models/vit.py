@@ -1,72 +1,27 @@
 """The Vision Transformer (Dosovitskiy et al. 2021) with modules named as the arrays in Google's published files.
 
 The parameter tree is the checkpoint: a file's key "Transformer/encoderblock_0/LayerNorm_0/scale" is the leaf of that
-path. The names count layers the way Linen's predecessor did (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2,
-MlpBlock_3). Every value that parity hangs on is written out: tanh GELU, epsilon 1e-6, the order of additions.
+path. The names count layers as Linen's predecessor did (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2,
+MlpBlock_3). Every default that parity depends on is written out: tanh GELU, epsilon 1e-6, the order of additions.
 """
 
+import dataclasses
 import functools
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from vit_jax.models.resnet import ResNet, precision_of
+from vit_jax.models.layers import dense, precision_of, self_attention
+from vit_jax.models.resnet import ResNet
 
-_XAVIER = nn.initializers.xavier_uniform()
-
-
-def _product(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:
-    """lax.dot_general of x [..., *inner] with kernel [*inner, *outer] for Linen's layers, as one product of two matrices.
-
-    On the CPU, XLA runs its gradients without the copies that it makes for products of more axes.
-    """
-    axes = len(dimensions[0][1])
-    inner, outer = kernel.shape[:axes], kernel.shape[axes:]
-    y = lax.dot(x.reshape(-1, math.prod(inner)), kernel.reshape(math.prod(inner), -1), precision=precision)
-    return y.reshape(*x.shape[:-axes], *outer)
+GOOGLE_NORMALIZATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # channel means and deviations: (x - 127.5) / 127.5, to [-1, 1]
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 
-def dot_product_attention(query, key, value, *, implementation: str, precision: lax.Precision) -> jax.Array:
-    """Attention of [B, T, heads, K] by "xla" or "cudnn", softmax in float32; gives no weights away and drops none."""
-    query = query / math.sqrt(query.shape[-1])
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn")
-    # Heads before tokens: on the CPU, jax.nn's "xla" takes a tenth more of a small model's inference.
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    logits = jnp.matmul(query, key.swapaxes(2, 3), precision=precision, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits).astype(value.dtype)
-    return jnp.matmul(weights, value, precision=precision).swapaxes(1, 2)
-
-
-class MlpBlock(nn.Module):
-    """Two dense layers with a GELU in between; [B, T, D] → [B, T, D]."""
-
-    mlp_dim: int
-    dropout: float = 0.0
-    dtype: jax.typing.DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        bias = nn.initializers.normal(1e-6)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        dense = functools.partial(
-            nn.Dense,
-            dtype=self.dtype,
-            precision=precision_of(self.dtype),
-            dot_general=_product,
-            kernel_init=_XAVIER,
-            bias_init=bias,
-        )
-        # Both layers are named: named by nesting, the inner call would come first.
-        y = drop(nn.gelu(dense(self.mlp_dim, name="Dense_0")(x), approximate=True))
-        return drop(dense(x.shape[-1], name="Dense_1")(y))
-
-
-class EncoderBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and around a residual; [B, T, D] → [B, T, D]."""
+@dataclasses.dataclass(frozen=True)
+class BlockFields:
+    """What the blocks of an encoder have in common; as the fields of VisionTransformer."""
 
     num_heads: int
     mlp_dim: int
@@ -75,31 +30,42 @@ class EncoderBlock(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: str = "xla"
 
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU between them; [B, T, D] → [B, T, D]."""
+
+    fields: BlockFields
+
     @nn.compact
     def __call__(self, x, train: bool = False):
-        precision = precision_of(self.dtype)
-        # Linen's own function where weights are asked for or dropped; it alone can do that.
-        plain = self.is_mutable_collection("intermediates") or (train and self.attention_dropout > 0)
-        fused = functools.partial(dot_product_attention, implementation=self.attention, precision=precision)
-        attention = nn.MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=_XAVIER,
-            dropout_rate=self.attention_dropout,
-            broadcast_dropout=False,
-            deterministic=not train,
-            force_fp32_for_softmax=True,
-            attention_fn=nn.dot_product_attention if plain else fused,
-            qkv_dot_general=_product,
-            out_dot_general=_product,
+        fields = self.fields
+        drop = nn.Dropout(fields.dropout, deterministic=not train)
+        y = drop(nn.gelu(dense(fields.mlp_dim, fields.dtype, "Dense_0")(x), approximate=True))
+        return drop(dense(x.shape[-1], fields.dtype, "Dense_1")(y))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and MLP, each after a LayerNorm and within a residual connection; [B, T, D] → [B, T, D]."""
+
+    fields: BlockFields
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        fields, with_weights = self.fields, self.is_mutable_collection("intermediates")
+        norms = [LayerNorm(dtype=fields.dtype, name=name) for name in ("LayerNorm_0", "LayerNorm_2")]
+        attention = self_attention(
+            fields.num_heads,
+            fields.dtype,
+            fields.attention,
+            fields.attention_dropout if train else 0.0,
+            with_weights,
             name="MultiHeadDotProductAttention_1",
         )
-        mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name="MlpBlock_3")
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
-        x = x + nn.Dropout(self.dropout, deterministic=not train)(attention(y, sow_weights=plain))
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
-        return x + mlp(y, train)
+        drop = nn.Dropout(fields.dropout, deterministic=not train)
+        mlp = MlpBlock(fields, name="MlpBlock_3")
+
+        x = x + drop(attention(norms[0](x), sow_weights=with_weights))
+        return x + mlp(norms[1](x), train)
 
 
 class PositionEmbedding(nn.Module):
@@ -123,41 +89,31 @@ class Encoder(nn.Module):
     """Positions, the blocks and a last LayerNorm; [B, T, D] → [B, T, D]."""
 
     num_layers: int
-    num_heads: int
-    mlp_dim: int
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    dtype: jax.typing.DTypeLike = jnp.float32
-    attention: str = "xla"
+    fields: BlockFields
     remat: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         x = PositionEmbedding(name="posembed_input")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.fields.dropout, deterministic=not train)(x)
         block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
         for i in range(self.num_layers):
-            x = block(
-                self.num_heads,
-                self.mlp_dim,
-                self.dropout,
-                self.attention_dropout,
-                self.dtype,
-                self.attention,
-                name=f"encoderblock_{i}",
-            )(x, train)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+            x = block(self.fields, name=f"encoderblock_{i}")(x, train)
+        return LayerNorm(dtype=self.fields.dtype, name="encoder_norm")(x)
 
 
 class VisionTransformer(nn.Module):
     """A classifier of images.
 
-    Called with images float32 [B, H, W, 3], usually in [-1, 1], of a height and width that `stride` divides; returns
-    float32 logits [B, num_classes], or the features [B, hidden_size] that a head would see where `num_classes` is 0.
-    With `train=True` and a dropout above 0 it wants a "dropout" key.
-
     Parameters are float32; `dtype` is the computation's, in every layer. Softmax and the statistics of LayerNorm are
-    computed in float32 whatever it is, and products of float32 are of float32 on a GPU too.
+    always computed in float32, and products of float32 are computed in float32 on a GPU too.
+
+    Args of a call:
+      images: float32 [B, H, W, 3], usually in [-1, 1]; `stride` must divide H and W.
+      train: whether dropout is active; it then needs a "dropout" key.
+
+    Returns:
+      Logits float32 [B, num_classes], or, if `num_classes` is 0, the features [B, hidden_size] that a head would see.
     """
 
     num_classes: int
@@ -168,71 +124,56 @@ class VisionTransformer(nn.Module):
     mlp_dim: int
     classifier: str = "token"  # "token": from a class token; "gap": from the mean of all tokens
     representation_size: int = 0  # width of pre_logits (Dense and tanh before the head); 0: none
-    resnet: tuple[int, ...] | None = None  # units of each ResNet stage in front; (): the bare root; None: images
+    resnet: tuple[int, ...] | None = None  # units of each ResNet stage before the patches; (): the bare root; None: no ResNet
     resnet_width: int = 64
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: str = "xla"  # what computes it: "xla" anywhere; "cudnn", fused, on an NVIDIA GPU in bfloat16
     remat: bool = False  # blocks are computed again for the gradient, in a fraction of the memory
-    # Channel means and deviations, of values in [0, 1], of the images that the weights were trained on: not computed here,
-    # `vit_jax.preprocess` scales by it. Google's: (x - 127.5) / 127.5.
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    # Channel means and deviations, of values in [0, 1], of the images that the weights were trained on. The model does not
+    # compute with them; `vit_jax.preprocess` scales by them.
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = GOOGLE_NORMALIZATION
 
     @property
     def stride(self) -> int:
-        """Pixels of the image, in height and width, behind one token."""
+        """Pixels of the image, in height and width, per token."""
         return self.patch_size * (1 if self.resnet is None else 4 * 2 ** max(0, len(self.resnet) - 1))
 
-    @nn.compact
-    def __call__(self, images, train: bool = False):
+    def _check(self, images) -> None:
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"expected images [B, H, W, 3], got {list(images.shape)}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"expected images of floating point numbers, got {images.dtype}: vit_jax.preprocess scales images")
-        if self.classifier not in ("token", "gap"):
-            raise ValueError(f"classifier must be 'token' or 'gap', got {self.classifier!r}")
-        if self.attention not in ("xla", "cudnn"):
-            raise ValueError(f"attention must be 'xla' or 'cudnn', got {self.attention!r}")
-        if images.shape[1] % self.stride or images.shape[2] % self.stride:
-            raise ValueError(
-                f"images of {images.shape[1]}×{images.shape[2]} pixels do not divide into patches of {self.stride}"
-            )
-        x = images.astype(self.dtype)
+        for name, allowed in (("classifier", ("token", "gap")), ("attention", ("xla", "cudnn"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, got {getattr(self, name)!r}")
+        _, height, width, _ = images.shape
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"images of {height}×{width} pixels do not divide into patches of {self.stride}")
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        self._check(images)
+        precision, dtype = precision_of(self.dtype), self.dtype
+        fields = BlockFields(self.num_heads, self.mlp_dim, self.dropout, self.attention_dropout, dtype, self.attention)
+        x = images.astype(dtype)
         if self.resnet is not None:
-            resnet = ResNet(self.resnet, self.resnet_width, self.dtype)
+            resnet = ResNet(self.resnet, self.resnet_width, dtype)
             nn.share_scope(self, resnet)  # in the files, root and stages lie at the top of the tree
             x = resnet(x)
-        precision = precision_of(self.dtype)
-        patches = nn.Conv(
-            self.hidden_size,
-            kernel_size=2 * (self.patch_size,),
-            strides=2 * (self.patch_size,),
-            padding="VALID",
-            dtype=self.dtype,
-            precision=precision,
-            name="embedding",
-        )
-        x = patches(x)
+        patch = (self.patch_size, self.patch_size)
+        embedding = nn.Conv(self.hidden_size, patch, patch, "VALID", dtype=dtype, precision=precision, name="embedding")
+        x = embedding(x)
         x = x.reshape(x.shape[0], -1, self.hidden_size)
         if self.classifier == "token":
             token = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size), jnp.float32)
-            x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (x.shape[0], 1, 1)), x], axis=1)
-        x = Encoder(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout,
-            self.attention_dropout,
-            self.dtype,
-            self.attention,
-            self.remat,
-            name="Transformer",
-        )(x, train)
+            x = jnp.concatenate([jnp.tile(token.astype(dtype), (x.shape[0], 1, 1)), x], axis=1)
+        x = Encoder(self.num_layers, fields, self.remat, name="Transformer")(x, train)
         x = x[:, 0] if self.classifier == "token" else jnp.mean(x, axis=1)
         if self.representation_size:
-            x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, precision=precision, name="pre_logits")(x))
+            x = nn.tanh(nn.Dense(self.representation_size, dtype=dtype, precision=precision, name="pre_logits")(x))
         if self.num_classes:
             zeros = nn.initializers.zeros
-            x = nn.Dense(self.num_classes, dtype=self.dtype, precision=precision, kernel_init=zeros, name="head")(x)
+            x = nn.Dense(self.num_classes, dtype=dtype, precision=precision, kernel_init=zeros, name="head")(x)
         return x.astype(jnp.float32)

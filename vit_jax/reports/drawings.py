@@ -19,11 +19,11 @@ from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.reports import attention, figures
 from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
-from vit_jax.transforms.preprocess import example_keys, for_evaluation, for_training
+from vit_jax.transforms.keys import AUGMENT, example_keys, stream
+from vit_jax.transforms.preprocess import for_evaluation, for_training
 
 _GRID = 12  # images of a grid
 _MATRIX = 100  # classes at most that a confusion matrix is drawn of
-_AUGMENT = 1  # the kind of draw that training.step keys an image's transforms with; a test holds the two together
 
 _maps = jax.jit(attention_maps, static_argnums=0)
 
@@ -70,9 +70,10 @@ def training_images(run: Run) -> Iterator[Drawing]:
     config, source = run.config, run.train
     index = next(batches.train(len(source), config.training.batch_size, config.seed))[:_GRID]
     originals, labels = source.take(index)
-    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _AUGMENT)
     transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))
-    images, _ = transform(example_keys(key, 0, jnp.arange(len(index), dtype=jnp.int32)), originals, labels)
+    images, _ = transform(
+        example_keys(stream(config.seed, AUGMENT), 0, jnp.arange(len(index), dtype=jnp.int32)), originals, labels
+    )
     names = [printable(source.class_names[label]) for label in labels]
     caption = (
         "The first images of the first batch. Of each pair the left one is as stored, the right one exactly as the model got "

@@ -82,6 +82,8 @@ def _check_names(argv: list[str]) -> None:
         name = override[1]
         if name == _NOT_OVERRIDABLE:
             raise ConfigError(f"config.{name} cannot be set on the command line; it is set in a configuration file")
+        if name in configuration.RENAMED:
+            raise ConfigError(f"config.{name} is called config.{configuration.RENAMED[name]} now")
         if name not in known:
             values = {name: value for name, (value, _) in configuration.fields(_file_values(argv)).items() if name in known}
             near = difflib.get_close_matches(name, values, n=3, cutoff=0.75) or [

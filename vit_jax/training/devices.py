@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax.config import Run
 from vit_jax.errors import ConfigError
-from vit_jax.runtime import compiler_options, has_nvidia_driver, prepare
+from vit_jax.runtime import compiler_options, has_nvidia_driver
 
 _AXIS = "batch"
 
@@ -38,23 +38,25 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def describe(self) -> str:
-        """What a run's record says of the devices and of how they are used."""
-        return f"{len(self.devices)} × {self.devices[0].device_kind}, {'pmap' if self.pmap else 'jit over a mesh'}"
+        """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "1 NVIDIA H100 80GB HBM3"."""
+        count, kind = len(self.devices), self.devices[0].device_kind
+        name = "CPU" if kind == "cpu" else kind
+        return f"{count} {name}{'s' * (count > 1)}{', pmap' if self.pmap else ''}"
 
-    def check(self, batch_size: int, slices: int) -> None:
-        """ConfigError unless every slice of a training batch divides among the devices."""
-        if batch_size % (slices * len(self.devices)):
+    def check(self, batch_size: int, microbatches: int) -> None:
+        """ConfigError unless every microbatch of a training batch divides among the devices."""
+        if batch_size % (microbatches * len(self.devices)):
             raise ConfigError(
-                f"training.batch_size = {batch_size} in {slices} slice(s) (training.grad_accum_steps) does not divide among "
-                f"{len(self.devices)} devices; take a multiple of {slices * len(self.devices)}"
+                f"training.batch_size = {batch_size} in training.grad_accum_steps = {microbatches} does not divide among "
+                f"{len(self.devices)} devices; take a multiple of {microbatches * len(self.devices)}"
             )
 
     def round_up(self, size: int) -> int:
-        """The smallest batch size from `size` on that the devices share evenly."""
+        """The smallest batch size of at least `size` that divides among the devices."""
         return -(-size // len(self.devices)) * len(self.devices)
 
     def put(self, tree: Any) -> Any:
-        """A tree on every device, in memory of its own: a step may use up the result and leave what was given as it is."""
+        """A copy of a tree on every device; it shares no memory with the argument, so a step may donate it."""
         # A copy on the host first: device_put shares the memory of an array that already lies on one of the devices, and
         # on the CPU that of a NumPy array that happens to be aligned, may_alias=False or not.
         return jax.device_put(self.gather(tree), self._sharding())
@@ -90,15 +92,11 @@ class Layout:
 
 
 def start(run: Run) -> Layout:
-    """The layout that a configuration asks for, in a process made ready for it.
-
-    Warns loudly where an NVIDIA GPU stands by and JAX runs on the CPU.
-    """
-    prepare()
+    """The layout that a configuration asks for. Warns loudly if the machine has an NVIDIA GPU and JAX runs on the CPU."""
     if jax.default_backend() == "cpu" and has_nvidia_driver() and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.getLogger("vit_jax").warning(
             "\n*** This machine has an NVIDIA driver, but JAX runs on the CPU and will be many times slower. ***\n"
-            f'*** Mend it with:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'
-            "*** (jax[cuda13] where the driver speaks CUDA 13) ***\n"
+            f'*** Install the CUDA build:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'
+            "*** (jax[cuda13] if the driver supports CUDA 13) ***\n"
         )
     return Layout(run.parallel)

@@ -15,8 +15,8 @@ from vit_jax.training.feed import Feed
 def predictions(predict: Callable[..., Any], params: Any, feed: Feed, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Logits float32 [N, classes] and labels int32 [N] of a whole split in its order.
 
-    `predict` is Layout.evaluate of step.logits_of. A batch's result is read when two more are on their way: the device never
-    waits for the host, nor piles up input.
+    `predict` is of program.build. A batch's result is read when two more are dispatched, so that the device never waits for the
+    host and its queue stays short.
     """
     size = feed.layout.round_up(min(batch_size, len(feed)))
     pending: deque[tuple[jax.Array, np.ndarray, np.ndarray]] = deque()
@@ -42,14 +42,14 @@ def has_predictions(path: Path, source: Source) -> bool:
             logits, labels = file["logits"], file["labels"]
         shapes = (logits.shape, labels.shape) == ((len(source), source.num_classes), (len(source),))
         return bool(shapes and (logits.dtype, labels.dtype) == (np.float32, np.int32) and np.isfinite(logits).all())
-    except Exception:  # what a damaged zip raises depends on where it is damaged
+    except Exception:  # a damaged zip raises different errors
         return False
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Mean cross-entropy, accuracy and top-5 accuracy (both in [0, 1]) of logits [N, classes], summed in float64.
 
-    With fewer than five classes every answer is among the first five. Of equal logits the lower class counts first.
+    With fewer than five classes top-5 accuracy is 1. Of equal logits the lower class ranks first.
     """
     logits = logits.astype(np.float64)
     own = np.take_along_axis(logits, labels[:, None], axis=1)

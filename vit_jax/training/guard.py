@@ -1,4 +1,4 @@
-"""What may end a run early: a signal, a loss that is not finite."""
+"""Reasons to end a run early: a signal, or a metric that is not finite."""
 
 import math
 import signal
@@ -13,7 +13,7 @@ class Diverged(TrainingError):
     """A loss, gradient norm or metric that is not finite.
 
     Attributes:
-      line: what metrics.jsonl says of it: the step, its finite metrics, and the message under "diverged".
+      line: the line of metrics.jsonl: the step, its finite metrics, and the message under "diverged".
     """
 
     def __init__(self, step: int, metrics: dict[str, float], message: str):
@@ -23,7 +23,7 @@ class Diverged(TrainingError):
 
 
 class Guard:
-    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and leaves; a second one has its usual effect.
+    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and ends; a second signal has its usual effect.
 
     Attributes:
       signal: the number of the signal that arrived; 0 before one does.

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
+"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from vit_jax.training.guard import Diverged
 
 FILE = "metrics.jsonl"
 
-# What the bar shows: metric → format, name.
+# Metrics of the progress bar: name in metrics.jsonl → format, short name.
 _SHOWN = {
     "train/loss": ("{:.3f}", "loss"),
     "train/learning_rate": ("{:.2g}", "lr"),
@@ -25,7 +25,7 @@ _SHOWN = {
 
 
 def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl in order, up to step `until`; what is no line of metrics is left out."""
+    """The lines of a run's metrics.jsonl in order, up to step `until`; other content is left out."""
     path, lines = workdir / FILE, []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -38,7 +38,7 @@ def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
 
 
 def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str]:
-    """What a start at step `start` says: whether it resumes, and what is missing in the folder.
+    """Messages of a start at step `start`: whether it resumes, and what is missing in the folder.
 
     Args:
       workdir: the run's working directory.
@@ -55,7 +55,7 @@ def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str
 
 
 def say(text: str) -> None:
-    """A line for people, before there is a bar."""
+    """Prints a line on standard error, before there is a progress bar."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -68,16 +68,17 @@ class Journal:
         from tqdm import tqdm
 
         found, path = read(workdir), workdir / FILE
-        self.found = {int(line["step"]) for line in found}  # the steps that earlier starts wrote lines of
+        self._workdir, self._start, self._steps = workdir, start, steps
+        self._found = {int(line["step"]) for line in found}  # the steps that earlier starts wrote lines of
         with whole_file(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start).encode())
         self._closing = contextlib.ExitStack()
         self._file = self._closing.enter_context(path.open("a"))
-        # Not SummaryWriter: its thread dies of a full disk, and who writes then waits for ever.
+        # Not SummaryWriter: a full disk ends its thread, and the next write then waits for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
         self._closing.callback(self._board.close)
-        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops what came from there on
+        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops the events from there on
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -113,10 +114,14 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
-        """A line for people, above the bar."""
+        """Prints a line above the progress bar."""
         self._bar.write(printable(text), file=sys.stderr)
 
     def __enter__(self) -> "Journal":
+        for text in gaps(self._workdir, self._found, self._start, self._steps):
+            self.say(text)
+        if self._start < self._steps:
+            self.say("compiling the training step; the first step takes longer than the others")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -124,6 +129,6 @@ class Journal:
             if isinstance(error, Diverged):
                 self._file.write(json.dumps(error.line) + "\n")
             self._closing.close()
-        except OSError:  # a full disk, most of the time; what made us leave says more
+        except OSError:  # mostly a full disk; an error that is already raised says more
             if error is None:
                 raise

@@ -1,14 +1,18 @@
 """Learning rates and the optax chain that turns gradients into updates."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.config import Optimizer
 
-_LINEAR_END = 1e-5  # where the original's linear decay ends (`linear_end`)
+_BLOCK = 1024  # learning rates that are computed at once
+_LINEAR_END = 1e-5  # the end of the original's linear decay (`linear_end`)
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
@@ -28,6 +32,17 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     else:
         decay = optax.linear_schedule(rate, min(rate, _LINEAR_END), steps - warmup)
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup]) if warmup else decay
+
+
+def rate_on_host(rate: optax.Schedule) -> Callable[[int], float]:
+    """A schedule as a function on the host, which computes a block of rates at once."""
+
+    @functools.lru_cache(2)
+    def block(number: int) -> np.ndarray:
+        with jax.transfer_guard("allow"):
+            return np.asarray(jax.vmap(rate)(jnp.arange(number * _BLOCK, (number + 1) * _BLOCK)))
+
+    return lambda step: float(block(step // _BLOCK)[step % _BLOCK])
 
 
 def _kernels(params: Any) -> Any:

@@ -16,7 +16,7 @@ from vit_jax.errors import CheckpointError
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
 
-_LONG = 20.0  # seconds of a first call, with what is set up only once, after which a single measurement is exact enough
+_LONG = 20.0  # seconds of a first call, set-up included, above which one measurement is exact enough
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +52,7 @@ def _without_download(config: Config) -> Config:
 
 
 def _seconds(act: Callable[[], Any]) -> float:
-    """How long `act` takes: once if that is long, else the shortest of three times."""
+    """Seconds that `act` takes: of one call if it is long, else of the shortest of three."""
     times: list[float] = []
     while len(times) < 3 and (not times or min(times) < _LONG):
         began = time.perf_counter()
@@ -68,7 +68,7 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
     batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, config.seed, 0)
     batch, data = next(batches), parts.train_feed.data
     _say(f"compiling a training step of {settings.batch_size} images and measuring it")
-    compiled = parts.step.lower(state, batch, data).compile()
+    compiled = parts.program.train_step.lower(state, batch, data).compile()
 
     def step() -> Any:
         nonlocal state
@@ -77,12 +77,12 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
 
     seconds = _seconds(step)
     images, test = min(config.run.eval_batch_size, len(parts.test_feed)), parts.test_feed
-    if seconds > _LONG:  # then an image's time hardly depends on the size of the batch
+    if seconds > _LONG:  # then the time per image hardly depends on the batch size
         images = min(images, settings.batch_size)
     size = layout.round_up(images)
     _say(f"compiling an evaluation of {size} images and measuring it")
     examples, _, _ = next(iter(test.evaluation(size)))
-    predict = parts.predict
+    predict = parts.program.predict
     if layout.pmap:
         jax.block_until_ready(predict(state.params, examples, test.data))
     else:
@@ -92,7 +92,7 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
 
 
 def preview(config: Config) -> str:
-    """A text for people about the run of a configuration; what is compiled meanwhile is said on standard error.
+    """Describes the run of a configuration as text; progress is printed on standard error.
 
     Touches no working directory and downloads no published weights; prepares the data if they are not there. The memory is
     that of a training step; the test split and the best parameters come on top.
@@ -113,7 +113,7 @@ def preview(config: Config) -> str:
         f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
         f"{count:,} parameters, {model.num_classes} classes",
         f"data        {config.data.task}: {len(parts.train_feed):,} training and {len(parts.test_feed):,} test images, {where}",
-        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} slice(s) over "
+        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} microbatch(es) over "
         f"{layout.describe()}",
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "
         f"({needed[0] / 2**20:,.0f} of state and data, {needed[1] / 2**20:,.0f} temporary)",

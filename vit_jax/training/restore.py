@@ -1,4 +1,4 @@
-"""The states that a run has saved, as they are read: every byte is checked, and an older state replaces a damaged one.
+"""Reads the states that a run has saved: every byte is checked, and a damaged state is replaced by the one before it.
 
 A state is a folder `checkpoints/<step>` that Orbax wrote: the item `state`, the item `best` (the best parameters, if they
 are not those of the state), and `record`, one JSON object with the SHA-256 of every array and of itself.
@@ -26,13 +26,13 @@ from vit_jax.errors import ConfigError, TrainingError, reason
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
-_ATTEMPTS = 20  # to read a state while a training replaces states
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which say nothing about a file
+_ATTEMPTS = 20  # to read a state while a training process replaces states
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the machine, which say nothing about a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A saved state with all that was saved with it, on the host."""
+    """A saved state with everything that was saved next to it, on the host."""
 
     state: TrainState
     record: dict[str, Any]
@@ -86,9 +86,9 @@ def _digest_of_json(content: Mapping[str, Any]) -> str:
 
 @functools.cache
 def ignore_late_callbacks() -> None:
-    """Silences what TensorStore reports to an event loop of Orbax's that has been closed because an operation failed.
+    """Hides what TensorStore reports to an event loop of Orbax that is closed because an operation failed.
 
-    Each of its remaining operations would print a traceback of this one error, which says nothing.
+    Each of its remaining operations would print a traceback of this error, which tells nothing new.
     """
     report = sys.unraisablehook
 
@@ -105,7 +105,7 @@ def _read_record(folder: Path, step: int) -> dict[str, Any]:
     if isinstance(record, dict) and record.keys() == {"sha256", "best"}:  # of a version that stored no more
         return record
     if not isinstance(record, dict) or record.pop("record_sha256", None) != _digest_of_json(record):
-        raise ValueError("its record is not what was saved")
+        raise ValueError("its record does not have its own SHA-256")
     return record
 
 
@@ -127,7 +127,7 @@ def shapes_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
-    """One state; an error of any kind if it is damaged."""
+    """Reads one state; raises an error of any kind if it is damaged."""
     import orbax.checkpoint as ocp
 
     record = _read_record(folder, step)
@@ -142,7 +142,7 @@ def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
             if (found[name].dtype, found[name].shape) != (leaf.dtype, leaf.shape):
                 raise ValueError(f"{name} is {found[name].dtype} {found[name].shape}, not {leaf.dtype} {leaf.shape}")
             if digest(found[name]) != record["sha256"][item][name]:
-                raise ValueError(f"{name} is not what was saved")
+                raise ValueError(f"{name} does not have the SHA-256 of its record")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
     state, best = tree("state", abstract), None
@@ -152,7 +152,7 @@ def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
 
 
 def _refusal(error: Exception) -> OSError | None:
-    """The machine's refusal behind an error, such as too many open files, which is no damage to any file."""
+    """The error of the machine that caused an error, such as too many open files, which is no damage to any file."""
     cause: BaseException | None = error
     for _ in range(10):
         if isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE:
@@ -180,7 +180,7 @@ def read_newest(folder: Path, abstract: TrainState, config: Config) -> Saved | N
         for number, step in enumerate(listed):
             try:
                 saved = _read(folder, step, abstract)
-            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
+            except Exception as error:  # Orbax, TensorStore and JSON raise many kinds of errors for damaged files
                 if refusal := _refusal(error):
                     raise OSError(refusal.errno, refusal.strerror, str(folder / str(step))) from error
                 if steps(folder) != listed:

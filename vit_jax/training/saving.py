@@ -1,7 +1,7 @@
-"""What survives a kill: the states of a run by Orbax, and its weights as npz.
+"""Saves the states of a run with Orbax, and its weights as npz.
 
-A saved state holds the best parameters it knows of next to its own, so the two can never part: there is no moment at which
-the newest state refers to a best that is not there. `restore.py` reads what is saved here.
+A saved state holds the best parameters next to its own, so the newest state never refers to best parameters that are not
+saved. `restore.py` reads the states.
 """
 
 import logging
@@ -48,7 +48,7 @@ class Saver:
 
         Args:
           workdir: the run's working directory.
-          meta: the content of the JSON next to an npz; step and accuracy are added.
+          meta: the content of the JSON next to each npz; step and accuracy are added.
           config: the run's configuration, which is saved in every state.
         """
         self._workdir, self._meta, self._config = workdir, meta, config
@@ -63,8 +63,8 @@ class Saver:
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, on the host; None if there is none. Raises as `restore.read_newest`.
 
-        Damaged newer states are moved aside, because Orbax saves no step that it already has. What a killed process left
-        of states that it was removing is removed.
+        Damaged newer states are moved aside, because Orbax saves no step that it already has. The rest of states
+        that a killed process was removing is removed.
         """
         saved = restore.read_newest(self._folder, abstract, self._config)
         if saved is None:
@@ -89,7 +89,7 @@ class Saver:
         return self._manager
 
     def update_best(self, step: int, accuracy: float, params: Any) -> None:
-        """Takes note of an evaluation of `params`, which are copied if they are the best so far."""
+        """Records an evaluation of `params`, and copies them if they are the best so far."""
         if self.best is None or accuracy > self.best["accuracy"]:
             # A copy on the devices, because the next step reuses the original's memory; the next save brings it to the host.
             self.best, self._best_params = {"step": step, "accuracy": accuracy}, _copy(params)

@@ -1,4 +1,4 @@
-"""All that changes from one step to the next."""
+"""The state of a training: everything that changes from one step to the next."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives back; a run is restored from this alone."""
+    """The argument and result of a step; a run is restored from it."""
 
     step: jax.Array  # int32 [], updates made so far
     params: Any

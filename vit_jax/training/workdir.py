@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, one configuration, and a record of what it ran on."""
+"""The working directory of a run: one process at a time, one configuration, and a record of its environment."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ from vit_jax.config import AUTO, Config, difference, from_json, to_json
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import remove_scratch, whole_file
 
-_CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # what a start that was killed at once leaves
+_CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # files of a start that was killed at once
 _RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run resolves when it begins
 
 
 def has_progress(workdir: Path) -> bool:
-    """Whether a run in the folder has made a step; until then it has nothing to lose, and its configuration binds nothing."""
+    """Whether a run in the folder has made a step; before that, another configuration may replace its own."""
     metrics, states = workdir / "metrics.jsonl", workdir / "checkpoints"
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
@@ -32,11 +32,11 @@ def has_progress(workdir: Path) -> bool:
     )
 
 
-def check(workdir: Path, config: Config) -> Config:
-    """The configuration, with what it leaves open ("auto") as the run in the folder has resolved it.
+def check_workdir(workdir: Path, config: Config) -> Config:
+    """The configuration, with its "auto" fields as the run in the folder has resolved them.
 
     Raises:
-      ConfigError: if the folder holds something else than a run, or a run of a configuration that differs in other fields
+      ConfigError: if the folder holds other files than a run's, or a run of a configuration that differs in other fields
         than those of `run`; the message names them.
     """
     path = workdir / "config.json"
@@ -49,7 +49,7 @@ def check(workdir: Path, config: Config) -> Config:
         resolved = {name: getattr(there.model, name) for name in _RESOLVED if getattr(config.model, name) == AUTO}
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **resolved))
     if not path.exists() and workdir.exists() and not _is_unused(workdir):
-        raise ConfigError(f"{workdir} holds something else than a run; name another --workdir")
+        raise ConfigError(f"{workdir} is not the folder of a run; name another --workdir")
     return config
 
 
@@ -70,15 +70,15 @@ def _advice(workdir: Path, config: Config, names: list[str]) -> str:
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
-    """Makes the folder this run's, writes config.json and keeps every other process out until the block ends.
+    """Creates and locks the folder for the duration of the block, and writes config.json.
 
     Raises:
-      ConfigError: as `check`, if another process trains in the folder, and if the folder cannot be written.
+      ConfigError: as `check_workdir`, if another process trains in the folder, and if the folder cannot be written.
     """
-    check(workdir, config)
+    check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (a lock lives as long as its file is open, however the process ends)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (the lock lasts as long as its file is open, however the process ends)
     except OSError as error:
         raise ConfigError(f"{workdir} cannot be written: {reason(error)}") from None
     with lock:
@@ -88,7 +88,7 @@ def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
             raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
         except OSError as error:
             raise ConfigError(f"{workdir} cannot be locked ({reason(error)}); name a --workdir on a local disk") from None
-        check(workdir, config)  # again: another process may have trained here since
+        check_workdir(workdir, config)  # again: another process may have trained here since
         remove_scratch(workdir)
         with whole_file(workdir / "config.json") as file:
             file.write(to_json(config).encode())

@@ -166,7 +166,7 @@ _DISTRIBUTIONS = {"torchvision": _torchvision, "tensorflow": _tensorflow}
 
 
 def _attempts(key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """Uniform draws in [0, 1): [2, number] for the attempts, and [2] for where the box lies that is kept."""
+    """Uniform draws in [0, 1): [2, number] for the attempts, and [2] for the position of the box that is chosen."""
     u = jax.random.uniform(key, (2 * number + 2,)).reshape(2, number + 1)  # one flat draw: XLA compiles it 3 times as fast
     return u[:, :-1], u[:, -1]
 

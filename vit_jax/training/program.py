@@ -1,0 +1,46 @@
+"""The compiled programs of a run, for the loop, the preview and the benchmarks alike."""
+
+import functools
+from typing import Any, NamedTuple
+
+import optax
+
+from vit_jax.config import Augment
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.training.devices import Layout
+from vit_jax.training.step import logits_of, loss_of, train_step
+from vit_jax.transforms.preprocess import Statistics, for_evaluation, for_training
+
+
+class Program(NamedTuple):
+    """Compiled when first called; a batch is a `step.Batch` on the devices, `data` that of its Feed."""
+
+    train_step: Any  # (state, batch, data) → (state, metrics); the state given is used up
+    predict: Any  # (params, batch, data) → logits float32 [B, classes]
+
+
+def build(
+    model: VisionTransformer,
+    augment: Augment,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    seed: int,
+    image_size: int,
+    statistics: Statistics | None = None,
+) -> Program:
+    """The programs of a model on the devices of a layout.
+
+    Args:
+      model: with the dtype, attention and dropout of the run.
+      augment: what happens to a training image.
+      optimizer: which turns gradients into updates.
+      layout: of the devices.
+      seed: of every random draw.
+      image_size: height and width of the model's input in pixels.
+      statistics: channel means and deviations that images are scaled by; None: Google's.
+    """
+    forward = loss_of(model, for_training(augment, image_size, statistics), seed)
+    return Program(
+        train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
+        predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics))),
+    )

@@ -18,7 +18,7 @@ _DOORS = {
     "features": "models.intermediates",
     "load": "checkpoints.load",
     "preprocess": "transforms.preprocess",
-    "save_npz": "checkpoints.google",
+    "save_npz": "formats.google",
     "train": "training.loop",
 }
 

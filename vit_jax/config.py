@@ -6,6 +6,7 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 """
 
 import dataclasses
+import difflib
 import json
 import runpy
 import types
@@ -268,15 +269,29 @@ def split(source: str) -> tuple[str, str]:
     return path, argument
 
 
+def _find(path: str) -> str:
+    """The file that a user means: `path` itself, or for a bare name such as "demo" configs/demo.py, here or of the package."""
+    package = Path(__file__).parent  # a wheel holds the folder of configurations here, a clone one level higher
+    packaged = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    folders = [Path("configs"), packaged]
+    bare = path == Path(path).stem
+    for candidate in [path, *(folder / f"{path}.py" for folder in folders if bare)]:
+        if Path(candidate).is_file():
+            return str(candidate)
+    names = sorted({file.stem for folder in folders for file in folder.glob("[!_]*.py")})
+    near = difflib.get_close_matches(Path(path).stem, names, n=1)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    raise ConfigError(f"configuration {_shown(path)}: there is no such file or name; names are {', '.join(names)}{hint}")
+
+
 def read(source: str) -> Config:
     """The configuration of a file: a run's config.json, or a Python file whose get_config() returns a Config.
 
-    What follows a colon is handed to get_config: "configs/augreg.py:R+Ti/16,pets".
+    A bare name, such as "demo", means configs/demo.py in the current folder, else the file of that name that comes with the
+    package. What follows a colon is handed to get_config: "configs/augreg.py:R+Ti/16,pets".
     """
     path, argument = split(source)
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise ConfigError(f"there is no configuration file {path}" + (f"; there are {known}" if known else ""))
+    path = _find(path)
     if path.endswith(".json"):
         return from_json(Path(path).read_text(errors="replace"), path)
     try:

@@ -275,8 +275,8 @@ def _find(path: str) -> str:
     packaged = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     folders = [Path("configs"), packaged]
     bare = path == Path(path).stem
-    for candidate in [path, *(folder / f"{path}.py" for folder in folders if bare)]:
-        if Path(candidate).is_file():
+    for candidate in [Path(path), *(folder / f"{path}.py" for folder in folders if bare)]:
+        if candidate.is_file():
             return str(candidate)
     names = sorted({file.stem for folder in folders for file in folder.glob("[!_]*.py")})
     near = difflib.get_close_matches(Path(path).stem, names, n=1)

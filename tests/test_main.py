@@ -109,6 +109,22 @@ def test_command_line_loads_nothing_slow_before_it_is_needed():
     ]
 
 
+@pytest.mark.parametrize("command", [["-m", "vit_jax"], ["-c", "from vit_jax.__main__ import console; console()"]])
+@pytest.mark.parametrize("module", ["vit_jax.errors", "numpy"])
+def test_interrupt_during_imports_prints_no_traceback(command, module):
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command, "train", "--config", "demo", "--dry_run"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with child:
+        assert child.stderr
+        lines = iter(child.stderr)
+        next(line for line in lines if line.endswith(f" {module}\n"))
+        child.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+    assert child.returncode in (-signal.SIGINT, 130) and "Traceback" not in rest
+
+
 @pytest.mark.parametrize("name", ["demo", "augreg:R+Ti/16,pets"])
 def test_configuration_name_is_found_from_any_folder(tmp_path, name):
     done = process("-m", "vit_jax", "train", "--config", name, "--help", cwd=tmp_path)

@@ -13,7 +13,7 @@ help:  ## this list
 demo: product  ## fine-tune the embedded ViT on the embedded images: offline, about a minute and a half on 2 cores
 	$(RUN) main.py --config configs/demo.py
 	@echo
-	@echo "Next, the run this project exists for (it downloads ViT-B/16 and CIFAR-100, and wants a GPU):"
+	@echo "Next: ViT-B/16 on CIFAR-100 (downloads both, and wants a GPU):"
 	@echo "  $(RUN) main.py --config configs/cifar100_b16.py"
 
 test: tools  ## all tests

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax.config import Config, Model, check, difference, from_json, read, to_json
+from vit_jax.config import Config, Model, check, difference
+from vit_jax.config_files import from_json, read, to_json
 from vit_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,31 @@ def test_an_argument_after_a_colon(tmp_path):
     assert read(f"{tmp_path}/x.py").model.variant == "none"
 
 
+def test_configuration_name_prefers_a_file_then_the_current_folder_then_the_package(tmp_path, monkeypatch):
+    def write(path: Path, seed: int) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"from vit_jax import Config\ndef get_config(argument=''):\n  return Config(seed={seed})")
+
+    monkeypatch.chdir(tmp_path)
+    assert read("demo").model.checkpoint == "mini_8"
+    write(tmp_path / "configs" / "demo.py", 2)
+    assert read("demo").seed == read("demo:argument").seed == 2
+    write(tmp_path / "demo", 1)
+    assert read("demo").seed == 1
+
+
+@pytest.mark.parametrize("name", ["dmeo", "dmeo.py", "configs/dmeo", "dmeo:argument"])
+def test_unknown_configuration_error_lists_names_and_the_nearest(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").touch()
+    words = (
+        f"configuration '{name.split(':')[0]}': there is no such file or name; names are augreg, .*, mine; the nearest is demo"
+    )
+    with pytest.raises(ConfigError, match=words):
+        read(name)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_configs_are_valid_and_open_with_their_command(path):
     command = re.search(
@@ -173,8 +199,7 @@ def test_any_published_checkpoint_on_any_task(argument, said):
         read(f"{ROOT / 'configs' / 'augreg.py'}:{argument}")
 
 
-def test_the_run_this_project_exists_for():
-    """The report's settings, one by one."""
+def test_cifar100_b16_has_the_settings_of_the_report():
     config = read(str(ROOT / "configs" / "cifar100_b16.py"))
     assert (config.model.dropout, config.model.attention_dropout) == (0.1, 0.0)
     assert (config.data.task, config.data.image_size, config.data.normalization) == ("cifar100", 224, "dataset")
@@ -218,3 +243,8 @@ def test_what_is_not_settled_differs_from_nothing():
     assert difference(ours, theirs) == difference(theirs, ours) == []
     ours.model.dtype = "float32"
     assert difference(ours, theirs) == ["model.dtype"]
+
+
+def test_renamed_field_of_an_earlier_version_is_read():
+    text = to_json(Config()).replace("grad_accum_steps", "accumulation")
+    assert '"accumulation": 1' in text and from_json(text, "x") == Config()

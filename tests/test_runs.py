@@ -1,4 +1,4 @@
-"""Runs of real size on real images, each in a process of its own with one device."""
+"""Runs of real size on real images, each in its own process with one device."""
 
 import json
 import os
@@ -25,8 +25,8 @@ def run(*arguments: str, workdir: Path) -> dict[str, float]:
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_demo_gains_from_its_pre_training(tmp_path):
-    """The beginning of configs/demo.py; the whole of it reaches what its `run.expected` says."""
+def test_demo_gains_from_pre_training(tmp_path):
+    """The first steps of configs/demo.py; all its steps reach its `run.expected`."""
     short = ("--config", "configs/demo.py", "--config.training.steps=16", "--config.optimizer.warmup_steps=2")
     pretrained = run(*short, workdir=tmp_path / "pretrained")
     random = run(*short, "--config.model.checkpoint=", "--config.model.variant=Mini/8", workdir=tmp_path / "random")
@@ -42,7 +42,7 @@ def test_vit_b16_fine_tunes_on_cifar100_at_224_pixels(prepared_cifar100, tmp_pat
     flat = {
         name: draw.normal(scale=0.02, size=leaf.shape).astype(np.float32)
         for name, leaf in flatten_dict(shapes(model), sep="/").items()
-        if not name.startswith(("head", "pre_logits"))  # left out, as nothing reads them
+        if not name.startswith(("head", "pre_logits"))  # nothing reads them
     }
     np.savez(tmp_path / "ViT-B_16.npz", **flat)
     last = run(

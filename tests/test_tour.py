@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.config import read
+from vit_jax.config_files import read
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,6 +7,8 @@ the package, or one part of it, does not import all.
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 # Name → module, and the name there where it is another.
 _DOORS = {
     "Classifier": "predict",
@@ -18,7 +20,7 @@ _DOORS = {
     "features": "models.intermediates",
     "load": "checkpoints.load",
     "preprocess": "transforms.preprocess",
-    "save_npz": "checkpoints.google",
+    "save_npz": "formats.google",
     "train": "training.loop",
 }
 

@@ -6,14 +6,11 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 """
 
 import dataclasses
-import json
-import runpy
 import types
 import typing
-from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import ConfigError, printable, reason
+from vit_jax.errors import ConfigError, printable
 
 AUTO = "auto"  # of a field that a run resolves when it begins, and writes out then
 
@@ -129,7 +126,6 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.clip_norm": (0, 1e9),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
-RENAMED = {"training.accumulation": "training.grad_accum_steps"}  # fields of earlier versions, in config.json of their runs
 _FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
 
 
@@ -156,7 +152,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error message quotes it, whatever its size."""
     try:
         return printable(repr(value), 80)
@@ -172,24 +168,24 @@ def check(config: Config) -> None:
     for section in dataclasses.fields(config):
         value, kind = getattr(config, section.name), section.type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and type(value) is not kind:
-            raise ConfigError(f"{section.name} must be a vit_jax.config.{kind.__name__}, got {_shown(value)}")
+            raise ConfigError(f"{section.name} must be a vit_jax.config.{kind.__name__}, got {shown(value)}")
     values = {}
     for name, (value, kind) in fields(config).items():
         if not _is_a(value, kind):
-            shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
-            raise ConfigError(f"{name} must be of type {shown}, got {_shown(value)}")
+            expected = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
+            raise ConfigError(f"{name} must be of type {expected}, got {shown(value)}")
         if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{name} must not contain a NUL character, got {_shown(value)}")
+            raise ConfigError(f"{name} must not contain a NUL character, got {shown(value)}")
         values[name] = value
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {_shown(values[name])}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(values[name])}")
     for name, (least, most) in _LIMITS.items():
         if not least <= values[name] <= most:
-            raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {_shown(values[name])}")
+            raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {shown(values[name])}")
     for name in _FRACTIONS:
         if not 0 <= values[name] < 1:
-            raise ConfigError(f"{name} must be in [0, 1), got {_shown(values[name])}")
+            raise ConfigError(f"{name} must be in [0, 1), got {shown(values[name])}")
 
     smallest, largest = config.augment.crop_area
     if not 0 < smallest <= largest <= 1:
@@ -197,7 +193,7 @@ def check(config: Config) -> None:
     if bool(config.model.checkpoint) == bool(config.model.variant):
         raise ConfigError(
             "give either model.checkpoint (weights to start from; the architecture is read off them) or model.variant "
-            f"(an architecture with random weights), got {_shown(config.model.checkpoint)} and {_shown(config.model.variant)}"
+            f"(an architecture with random weights), got {shown(config.model.checkpoint)} and {shown(config.model.variant)}"
         )
     if config.model.keep_head == "true" and not config.model.checkpoint:
         raise ConfigError("model.keep_head = 'true' needs model.checkpoint, which has a head to keep")
@@ -216,78 +212,15 @@ def check(config: Config) -> None:
     if config.training.batch_size % config.training.grad_accum_steps:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} does not divide into "
-            f"training.grad_accum_steps = {config.training.grad_accum_steps} slices"
+            f"training.grad_accum_steps = {config.training.grad_accum_steps} microbatches"
         )
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of fields that differ and change the numbers: all but those of `run`; an unresolved "auto" differs from no value."""
+    """Names of fields that differ and change the numbers: all but those of `run`. "auto" differs from no value."""
     ours, theirs = fields(a), fields(b)
 
     def differs(ours: Any, theirs: Any) -> bool:
         return ours != theirs and AUTO not in (ours, theirs)
 
     return [name for name in ours if not name.startswith("run.") and differs(ours[name][0], theirs[name][0])]
-
-
-def to_json(config: Config) -> str:
-    """The configuration as JSON text, which `from_json` reads back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, source: str) -> Config:
-    """The configuration that `to_json` wrote; the ConfigError for any other text names `source`."""
-
-    def build(kind: Any, values: Any, prefix: str) -> Any:
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the whole file'} must be an object, got {_shown(values)}")
-        known = {field.name: field for field in dataclasses.fields(kind)}
-        values = {RENAMED.get(prefix + name, name).removeprefix(prefix): value for name, value in values.items()}
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"{source}: there is no field {prefix}{unknown[0]}; there are {', '.join(known)}")
-        made = {}
-        for name, value in values.items():
-            field = known[name]
-            if dataclasses.is_dataclass(field.type):
-                value = build(field.type, value, f"{prefix}{name}.")
-            elif isinstance(value, list):
-                value = tuple(value)
-            made[name] = value
-        return kind(**made)
-
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of 4,300 digits and 100,000 brackets are JSON too
-        raise ConfigError(f"{source} is not JSON that can be read: {reason(error)}") from None
-    return build(Config, values, "")
-
-
-def split(source: str) -> tuple[str, str]:
-    """The file and the argument of "configs/augreg.py:R+Ti/16,pets"; the argument is "" if there is none."""
-    if Path(source).is_file():
-        return source, ""
-    path, _, argument = source.partition(":")
-    return path, argument
-
-
-def read(source: str) -> Config:
-    """The configuration of a file: a run's config.json, or a Python file whose get_config() returns a Config.
-
-    What follows a colon is handed to get_config: "configs/augreg.py:R+Ti/16,pets".
-    """
-    path, argument = split(source)
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise ConfigError(f"there is no configuration file {path}" + (f"; there are {known}" if known else ""))
-    if path.endswith(".json"):
-        return from_json(Path(path).read_text(errors="replace"), path)
-    try:
-        get_config = runpy.run_path(path)["get_config"]
-        config = get_config(argument) if argument else get_config()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{path} gives no configuration: {type(error).__name__}: {reason(error)}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a vit_jax.Config")
-    return config

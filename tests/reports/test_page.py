@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import config as configuration
+from vit_jax import config_files
 from vit_jax.checkpoints import download
 from vit_jax.checkpoints.load import load
-from vit_jax.config import from_json
+from vit_jax.config_files import from_json
 from vit_jax.data import batches
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
@@ -540,7 +540,7 @@ def test_the_demos_page_takes_20_seconds_at_most(run, browser):
 @pytest.mark.slow
 def test_the_page_of_a_run_on_all_of_cifar100_takes_60_seconds_at_most(prepared_cifar100, shared, tmp_path, browser):
     """A real run, if a short one: the embedded model, all 50,000 and 10,000 images at 32 pixels."""
-    config = configuration.read(str(Path(__file__).parents[2] / "configs" / "demo.py"))
+    config = config_files.read(str(Path(__file__).parents[2] / "configs" / "demo.py"))
     config.data.task, config.data.image_size, config.run.data_dir = "cifar100", 32, str(prepared_cifar100)
     config.training.steps, config.optimizer.warmup_steps = 6, 2
     config.training.eval_every = config.training.save_every = 6

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from vit_jax import cli  # noqa: E402
-from vit_jax.config import Config, to_json  # noqa: E402, F401
+from vit_jax.config import Config  # noqa: E402
+from vit_jax.config_files import to_json  # noqa: E402, F401
 
 STEPS = 12
 
@@ -66,7 +67,7 @@ class Start:
         self.status: int | None = None
 
     def _train(self, config: Path, workdir: Path) -> None:
-        from vit_jax.config import read
+        from vit_jax.config_files import read
         from vit_jax.training import loop
 
         def train() -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax.config import read
+from vit_jax.config_files import read
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vit_jax.config import to_json
+from vit_jax.config_files import to_json
 
 ROOT = Path(__file__).parents[2]
 

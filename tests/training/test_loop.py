@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax.config import read
+from vit_jax.config_files import read
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
 from vit_jax.training import journal, loop, saving

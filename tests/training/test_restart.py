@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from vit_jax.config import to_json
+from vit_jax.config_files import to_json
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
 from vit_jax.training import devices, loop, restore

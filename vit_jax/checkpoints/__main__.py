@@ -14,10 +14,10 @@ _log = logging.getLogger("vit_jax")
 _SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "python -m vit_jax.checkpoints") -> int:
     """Runs one command; returns the exit status: 0, 1 after an error or where numbers differ, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.checkpoints",
+        prog=program,
         description="Weights by name, into this machine and out of it. FILE and SOURCE are a file (npz, safetensors), a run's "
         "folder, an exported folder or a published name.",
     )

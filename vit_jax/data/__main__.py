@@ -13,9 +13,9 @@ _CELL = 96  # pixels of an image in the grid
 _LABEL = 160  # pixels for the name of a class
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "python -m vit_jax.data") -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.data", description="The data sets that can be learnt.")
+    parser = argparse.ArgumentParser(prog=program, description="The data sets that can be learnt.")
     commands = parser.add_subparsers(dest="command", required=True)
     directory = argparse.ArgumentParser(add_help=False)
     directory.add_argument(

@@ -26,17 +26,17 @@ as large or more, blocks of pixels are averaged first. EXIF's orientation is fol
 Images that cannot be used are named on standard error, the others are finished, and the status is then 1."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "python -m vit_jax.predict") -> int:
     """Classifies images; returns the exit status: 0, or 1 if something could not be used.
 
     SystemExit of 2 for a wrong command line.
     """
-    return cli.call(lambda: _run(argv), advice="lower --batch_size")
+    return cli.call(lambda: _run(argv, program), advice="lower --batch_size")
 
 
-def _run(argv: list[str] | None) -> int:
+def _run(argv: list[str] | None, program: str) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.predict",
+        prog=program,
         description="What a fine-tuned or published model sees in images.",
         epilog=_MORE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

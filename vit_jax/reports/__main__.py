@@ -6,17 +6,17 @@ import os
 from vit_jax import cli
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "python -m vit_jax.reports") -> int:
     """Writes one page; returns the exit status: 0, or 1 if something could not be used.
 
     SystemExit of 2 for a wrong command line.
     """
-    return cli.call(lambda: _run(argv))
+    return cli.call(lambda: _run(argv, program))
 
 
-def _run(argv: list[str] | None) -> int:
+def _run(argv: list[str] | None, program: str) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.reports",
+        prog=program,
         description="A page about a run, at any time, also while it goes on; of several runs one that compares them.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/demo")

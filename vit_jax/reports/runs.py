@@ -19,7 +19,8 @@ import numpy as np
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
 from vit_jax.checkpoints.load import load
-from vit_jax.config import Config, check, from_json
+from vit_jax.config import Config, check
+from vit_jax.config_files import from_json
 from vit_jax.data.sources import Source, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason

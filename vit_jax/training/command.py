@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import config as configuration
+from vit_jax import config_files
 from vit_jax.config import Config
 from vit_jax.errors import ConfigError
 
@@ -71,7 +72,7 @@ def _file_values(argv: list[str]) -> Config:
     for place, argument in enumerate(argv[1:], 1):
         if found := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
             source = found[1] if found[1] is not None else next(iter(argv[place + 1 :]), "")
-            return configuration.read(source)
+            return config_files.read(source)
     return Config()
 
 
@@ -82,8 +83,8 @@ def _check_names(argv: list[str]) -> None:
         name = override[1]
         if name == _NOT_OVERRIDABLE:
             raise ConfigError(f"config.{name} cannot be set on the command line; it is set in a configuration file")
-        if name in configuration.RENAMED:
-            raise ConfigError(f"config.{name} is called config.{configuration.RENAMED[name]} now")
+        if name in config_files.RENAMED:
+            raise ConfigError(f"config.{name} is called config.{config_files.RENAMED[name]} now")
         if name not in known:
             values = {name: value for name, (value, _) in configuration.fields(_file_values(argv)).items() if name in known}
             near = difflib.get_close_matches(name, values, n=3, cutoff=0.75) or [
@@ -123,7 +124,7 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         flags.DEFINE_bool(name, False, "", flag_values=values)
     _check_names(argv)
     # The flag's own parser reads the file; ml_collections adds the typed overrides.
-    config_flags.DEFINE_config_dataclass("config", Config(), "", flag_values=values, sys_argv=argv, parse_fn=configuration.read)
+    config_flags.DEFINE_config_dataclass("config", Config(), "", flag_values=values, sys_argv=argv, parse_fn=config_files.read)
     try:
         rest = values(argv)
     except Exception as error:  # absl's and ml_collections' errors share no base; all are about the command line
@@ -140,14 +141,14 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     config = values.config
     if values["config"].present:
         flag: Any = values["config"]
-        if not _keeps_expected(config, configuration.read(flag.config_filename)):
+        if not _keeps_expected(config, config_files.read(flag.config_filename)):
             config.run.expected = {}
     return config, values
 
 
 def workdir_of(source: str) -> Path:
     """The working directory of a configuration's run, unless the user names another."""
-    path, argument = configuration.split(source)
+    path, argument = config_files.split(source)
     if path.endswith(".json"):
         return Path(path).parent
     return Path("runs", "-".join([Path(path).stem, *filter(None, argument.replace("/", "_").split(","))]))

@@ -21,13 +21,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.config import Config, difference, from_json
+from vit_jax.config import Config, difference
+from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, TrainingError, reason
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
 _ATTEMPTS = 20  # to read a state while a training process replaces states
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the machine, which say nothing about a file
+# Errors of the machine, which say nothing about a file.
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)

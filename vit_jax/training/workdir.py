@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import AUTO, Config, difference, from_json, to_json
+from vit_jax.config import AUTO, Config, difference
+from vit_jax.config_files import from_json, to_json
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import remove_scratch, whole_file
 

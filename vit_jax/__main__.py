@@ -1,0 +1,139 @@
+"""The command `vit_jax`, also `python -m vit_jax`: a subcommand for each command line of the package.
+
+Functions import what they need: `--help` stays quick, and Ctrl-C during an import ends the process without a traceback.
+"""
+
+import signal
+import sys
+from typing import Any, NoReturn
+
+COMMANDS = {
+    "train": "fine-tune a model as a configuration says, evaluate it and write its report",
+    "predict": "classify images with a run, a file or a published model",
+    "report": "write the page of a run, or a page that compares several runs",
+    "data": "list, prepare and show data sets",
+    "checkpoints": "list, download, inspect, check and convert weights",
+}
+TRAIN_HELP = """Trains a Vision Transformer as a configuration says, evaluates it, and continues a run that was interrupted.
+
+usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run]
+
+  --config FILE    a Python file, the name of one in configs/ such as demo, or the config.json of a run; what follows a
+                   colon is the configuration's argument
+  --workdir DIR    the folder of the run; default runs/<name of the configuration>
+  --eval_only      evaluate the newest state in that folder or, if there is none, model.checkpoint
+  --dry_run        print shapes, memory and the time to expect; model.checkpoint is not downloaded
+  --help           this text and every field; with --config, the values of that file
+"""
+MEMORY_ADVICE = (
+    "raise training.grad_accum_steps, lower training.batch_size, run.eval_batch_size or run.device_budget_mib, or set "
+    "model.dtype=bfloat16; --dry_run prints what a step needs"
+)
+
+
+def console() -> NoReturn:
+    """Runs `vit_jax` with the arguments of this process, and ends the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run answers it
+    from vit_jax import cli
+
+    program = "python -m vit_jax" if sys.argv[0].endswith("__main__.py") else "vit_jax"
+    cli.run(lambda: main(sys.argv[1:], program))
+
+
+def main(argv: list[str], program: str = "vit_jax") -> int:
+    """Runs a subcommand; returns the exit status: 2 for a wrong command line, 1 for other errors.
+
+    Args:
+      argv: the arguments, without the program.
+      program: how the user calls the program, for usage texts.
+    """
+    import difflib
+    import importlib
+
+    from vit_jax import __version__, cli
+
+    command, *arguments = argv or [""]
+    if command in ("-h", "--help"):
+        rows = "\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())
+        print(f"usage: {program} {{{','.join(COMMANDS)}}} …\n\n{rows}\n\n{program} COMMAND --help describes a command.")
+        return 0
+    if command == "--version":
+        print(f"vit_jax {__version__}")
+        return 0
+    if command == "train":
+        return cli.call(lambda: train(arguments, f"{program} train"), MEMORY_ADVICE)
+    if command in COMMANDS:
+        module = importlib.import_module(f"vit_jax.{'reports' if command == 'report' else command}.__main__")
+        return module.main(arguments, f"{program} {command}")
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"the nearest is {near[0]}" if near else f"commands are {', '.join(COMMANDS)}"
+    cli.fail(f"{program}: {f'unknown command {command!r}' if argv else 'no command'}; {hint}; see {program} --help")
+    return 2
+
+
+def train(argv: list[str], program: str) -> int:
+    """Trains, evaluates or previews what a command line names; arguments and result are those of `main`."""
+    import logging
+
+    from vit_jax import cli, config
+    from vit_jax.errors import ConfigError
+    from vit_jax.training import command
+
+    for library in ("absl", "asyncio"):  # Orbax logs the traceback of what it then raises; one line is enough
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        parsed, values = command.parse([program, *argv])
+        if values.help:
+            print(f"{TRAIN_HELP.format(program=program)}\n{command.describe_fields(parsed)}")
+            return 0
+        config.check(parsed)
+    except ConfigError as error:
+        cli.fail(error)
+        return 2
+    return _run(parsed, values)
+
+
+def _run(config: Any, values: Any) -> int:
+    """Does what the flags ask for; returns the exit status."""
+    from pathlib import Path
+
+    from vit_jax import runtime
+    from vit_jax.errors import reason
+    from vit_jax.training import command, loop, preview
+
+    runtime.prepare()
+    workdir = Path(values.workdir or command.workdir_of(values["config"].config_filename))
+    try:
+        if values.dry_run:
+            print(preview.preview(config))
+        elif values.eval_only:
+            print(command.report(config, loop.evaluate(config, workdir)))
+        else:
+            result = loop.train(config, workdir)
+            if not result.finished:
+                print(f"stopped and saved in {workdir}; run the same command again to continue", file=sys.stderr)
+                return 128 + (getattr(result, "signal", 0) or signal.SIGINT)
+            print(command.report(config, result.metrics))
+            print(f"Weights: {workdir / 'best.npz'} (best), {workdir / 'final.npz'} (last)")
+            write_page(workdir)
+    except OSError as error:
+        if error.filename is None and not isinstance(error, BrokenPipeError) and error.errno is not None:
+            raise OSError(error.errno, reason(error), str(workdir)) from error  # names at least the run
+        raise
+    return 0
+
+
+def write_page(workdir: Any) -> None:
+    """Writes the page of a finished run; if that fails, the run is still complete."""
+    from vit_jax.errors import reason
+    from vit_jax.reports import page
+
+    try:
+        print(f"Page: {page.write(workdir)}")
+    except Exception as error:  # of any kind: the weights are already written
+        print(f"no page was drawn ({type(error).__name__}: {reason(error)})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    console()

@@ -74,7 +74,7 @@ def put(config, name, value):
     ],
     ids=lambda value: "" if isinstance(value, int) else None,  # pytest cannot print 10**5000
 )
-def test_impossible_values_are_one_line_that_names_the_field(valid, name, value, said):
+def test_check_error_names_the_field_in_one_line(valid, name, value, said):
     put(valid, name, value)
     with pytest.raises(ConfigError, match=said) as raised:
         check(valid)
@@ -87,7 +87,7 @@ def test_impossible_values_are_one_line_that_names_the_field(valid, name, value,
     [10**20, -(10**20), 10**400, 10**5000, float("inf"), float("nan")],
     ids=["1e20", "-1e20", "1e400", "1e5000", "inf", "nan"],
 )
-def test_huge_numbers_are_refused_by_name_in_every_field(valid, name, value):
+def test_check_refuses_huge_numbers_in_every_field(valid, name, value):
     put(valid, name, value)
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         check(valid)
@@ -100,7 +100,7 @@ def test_difference_names_what_changes_the_numbers(valid):
     assert difference(valid, other) == ["augment.flip", "seed"]
 
 
-def test_json_there_and_back(valid):
+def test_json_round_trip_changes_nothing(valid):
     valid.run.expected = {"test/accuracy": 0.5}
     valid.augment.crop_area = (0.25, 0.75)
     assert from_json(to_json(valid), "x") == valid
@@ -118,7 +118,7 @@ def test_json_there_and_back(valid):
         ('{"augment": 3}', "x.json: augment must be an object"),
     ],
 )
-def test_json_of_something_else(text, said):
+def test_json_of_other_content_is_refused(text, said):
     with pytest.raises(ConfigError, match=said):
         from_json(text, "x.json")
 
@@ -135,13 +135,13 @@ def test_json_of_something_else(text, said):
         ),
     ],
 )
-def test_files_that_give_no_configuration(tmp_path, code, said):
+def test_files_without_a_configuration_are_refused(tmp_path, code, said):
     (tmp_path / "x.py").write_text(code)
     with pytest.raises(ConfigError, match=said):
         check(read(str(tmp_path / "x.py")))
 
 
-def test_an_argument_after_a_colon(tmp_path):
+def test_argument_after_a_colon_is_passed_on(tmp_path):
     (tmp_path / "x.py").write_text(
         "from vit_jax import Config\ndef get_config(argument='none'):\n  c = Config(); c.model.variant = argument; return c"
     )
@@ -191,7 +191,7 @@ def test_configs_are_valid_and_open_with_their_command(path):
         ("B/61,cifar100", "no checkpoint is published as 'B/61'"),
     ],
 )
-def test_any_published_checkpoint_on_any_task(argument, said):
+def test_augreg_config_takes_any_checkpoint_and_task(argument, said):
     config = read(f"{ROOT / 'configs' / 'augreg.py'}:imagenet21k+imagenet2012/ViT-B_16,cifar10")
     assert (config.model.checkpoint, config.data.task) == ("imagenet21k+imagenet2012/ViT-B_16", "cifar10")
     assert config.data.image_size == 384
@@ -225,7 +225,7 @@ def test_every_field_is_read_somewhere():
         assert name.split(".")[-1] in read_names, name
 
 
-def test_cudnn_computes_in_bfloat16_and_drops_nothing():
+def test_cudnn_needs_bfloat16_and_no_attention_dropout():
     config = read("configs/demo.py")
     config.model.attention = "cudnn"
     check(config)
@@ -237,7 +237,7 @@ def test_cudnn_computes_in_bfloat16_and_drops_nothing():
         check(config)
 
 
-def test_what_is_not_settled_differs_from_nothing():
+def test_unresolved_auto_differs_from_no_value():
     ours, theirs = Config(), Config()
     theirs.model.dtype = "bfloat16"
     assert difference(ours, theirs) == difference(theirs, ours) == []

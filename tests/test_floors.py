@@ -98,7 +98,7 @@ def loaded(statement: str) -> set[str]:
     return {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
 
 
-def test_the_product_keeps_its_floors():
+def test_imports_go_down_only():
     assert violations(ROOT) == []
 
 
@@ -121,7 +121,7 @@ def test_the_product_keeps_its_floors():
         ("vit_jax/utils.py", "", "no floor"),
     ],
 )
-def test_what_breaks_the_floors_is_found(tmp_path, path, source, message):
+def test_forbidden_imports_are_found(tmp_path, path, source, message):
     good = {
         "main.py": "import vit_jax\nfrom vit_jax.training.loop import train\nfrom configs import a",
         "configs/a.py": "from vit_jax.config import Config",
@@ -143,7 +143,7 @@ def test_what_breaks_the_floors_is_found(tmp_path, path, source, message):
     assert any(message in line for line in violations(tmp_path))
 
 
-def test_every_package_it_imports_is_declared():
+def test_every_imported_package_is_declared():
     def key(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -184,7 +184,7 @@ def test_requirement_without_lowest_version_is_an_error(requirement):
         ("data", NOWHERE | FORBIDDEN["data"]),
     ],
 )
-def test_what_an_import_loads(room, absent):
+def test_import_loads_only_what_it_needs(room, absent):
     files = (ROOT / "vit_jax" / room).glob("[!_]*.py") if room else ()
     names = ["vit_jax", *(f"vit_jax.{room}.{file.stem}" for file in files)]
     tops = loaded(f"import {', '.join(names)}")

@@ -36,7 +36,7 @@ def on_disk(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, 1, 1, *shape) if "/gn" in f"/{path}" else shape
 
 
-def test_every_published_tree(shared):
+def test_shapes_equal_every_published_tree(shared):
     trees = json.loads((shared / "oracles" / "trees.json").read_text())
     assert len(trees) == 28
     for name, tree in trees.items():
@@ -50,16 +50,16 @@ def test_every_published_tree(shared):
         assert from_tree(params) == model, name
 
 
-def test_parameter_counts():
+def test_count_equals_published_counts():
     assert {name: count(build(name)) for name in VARIANTS} == COUNTS
 
 
 @pytest.mark.parametrize("name", ["R26+S/32", "R26_S_32", "r26+s_32", "R26+ViT-S_32"])
-def test_spellings(name):
+def test_build_accepts_all_spellings(name):
     assert build(name) == build("R26+S/32")
 
 
-def test_unknown_variant():
+def test_build_of_an_unknown_variant_is_an_error():
     with pytest.raises(ValueError, match="no variant 'B/15'; there are Nano/8, .*B/16"):
         build("B/15")
 
@@ -80,7 +80,7 @@ def test_from_tree_reads_the_classifier(classifier, representation_size):
         (lambda tree: tree.update(embedding={"kernel": jnp.zeros((4, 8))}), "should have 4 axes"),
     ],
 )
-def test_from_tree_names_what_is_wrong(change, message):
+def test_from_tree_error_names_the_path(change, message):
     tree = shapes(build("Ti/16", num_layers=3), 32)
     change(tree)
     with pytest.raises(ValueError, match=message):

@@ -41,7 +41,7 @@ def test_dtype_reaches_every_layer(variant, size):
         assert leaf.dtype == (jnp.float32 if by_promise else jnp.bfloat16), path
 
 
-def test_attention_maps_cost_nothing_until_asked_for(monkeypatch):
+def test_attention_maps_cost_nothing_unless_requested(monkeypatch):
     model, params, images = make()
 
     def lowered() -> str:
@@ -71,7 +71,7 @@ def test_features_are_what_the_head_sees():
     np.testing.assert_allclose(stages(model, params, images)["pre_logits"], seen, rtol=1e-6, atol=1e-7)
 
 
-def test_gap_is_blind_to_the_order_of_patches_without_positions():
+def test_gap_without_positions_ignores_the_order_of_patches():
     model, params, images = make(classifier="gap")
     params["Transformer"]["posembed_input"]["pos_embedding"] *= 0
     swapped = jnp.concatenate([images[:, 16:], images[:, :16]], axis=1)
@@ -80,14 +80,14 @@ def test_gap_is_blind_to_the_order_of_patches_without_positions():
     )
 
 
-def test_the_head_begins_at_zero():
+def test_head_is_initialised_with_zeros():
     model = build("B/16", **TINY, num_classes=3)
     images = jnp.ones((1, 32, 32, 3))
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     assert not params["head"]["kernel"].any() and not model.apply({"params": params}, images).any()
 
 
-def test_dropout_only_in_training():
+def test_dropout_is_active_only_in_training():
     model, params, images = make(dropout=0.5, attention_dropout=0.5, num_classes=0)
     apply = lambda train, key: model.apply({"params": params}, images, train, rngs={"dropout": jax.random.key(key)})  # noqa: E731
     assert (apply(False, 0) == apply(False, 1)).all()
@@ -109,24 +109,24 @@ def test_each_dropout_is_read(name):
         ((1, 48, 32, 3), "make 7 tokens of 32 values, the parameters hold positions for 5 of 32"),
     ],
 )
-def test_images_that_do_not_fit(shape, message):
+def test_images_of_a_wrong_shape_are_refused(shape, message):
     model, params, _ = make()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, jnp.zeros(shape))
 
 
-def test_what_is_not_scaled_is_refused():
+def test_uint8_images_are_refused():
     model, params, _ = make()
     with pytest.raises(ValueError, match="floating point numbers, got uint8: vit_jax.preprocess"):
         model.apply({"params": params}, jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
-def test_an_unknown_classifier():
+def test_unknown_classifier_is_refused():
     with pytest.raises(ValueError, match="classifier must be 'token' or 'gap', got 'tok'"):
         shapes(build("B/16", classifier="tok"), 32)
 
 
-def test_dropout_lies_where_the_original_has_it():
+def test_dropout_is_in_the_places_of_the_original():
     """After the positions, the attention's output, and both layers of the MLP."""
     model, params, images = make(dropout=0.5, num_layers=1)
     seen = []
@@ -154,7 +154,7 @@ def test_attention_is_the_softmax_of_products(dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
 
 
-def test_dropped_attention_weights_are_linens():
+def test_attention_dropout_is_active_only_in_training():
     model, params, images = make(attention_dropout=0.5)
     asked = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
     plain = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)})
@@ -162,7 +162,7 @@ def test_dropped_attention_weights_are_linens():
     np.testing.assert_allclose(model.apply({"params": params}, images), make()[0].apply({"params": params}, images), rtol=1e-6)
 
 
-def test_rematerialised_blocks_give_the_same_gradient_from_less_that_is_kept():
+def test_remat_gives_the_same_gradient_with_less_memory():
     model, params, images = make(num_layers=4, dropout=0.1)
     again = model.clone(remat=True)
 
@@ -183,7 +183,7 @@ def test_rematerialised_blocks_give_the_same_gradient_from_less_that_is_kept():
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
 @pytest.mark.parametrize("variant", ["B/16", "R+Ti/16"])
-def test_the_precision_of_products_is_written_out(variant, dtype, precision):
+def test_precision_of_products_is_explicit(variant, dtype, precision):
     model, params, images = make(variant, 32, dtype=dtype)
     text = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower(params, images).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot" in line or "stablehlo.convolution" in line]
@@ -194,6 +194,6 @@ def test_the_precision_of_products_is_written_out(variant, dtype, precision):
         assert not any("HIGHEST" in line for line in products)
 
 
-def test_an_attention_that_is_not_known():
+def test_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="attention must be 'xla' or 'cudnn', got 'flash'"):
         make(attention="flash")

@@ -8,7 +8,7 @@ from vit_jax.config_files import read
 
 
 @pytest.mark.slow
-def test_accuracy_is_that_of_float32_within_the_noise_of_seeds(tmp_path):
+def test_bfloat16_accuracy_is_that_of_float32_within_noise_of_seeds(tmp_path):
     config = read("configs/demo.py")
     config.data.image_size = 32  # for speed
     config.training.steps = config.training.eval_every = config.training.save_every = 30

@@ -66,7 +66,7 @@ def test_layouts_give_the_same_losses(model_and_params, source_of, on_one_device
 
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-def test_streaming_gives_what_residence_gives(model_and_params, source_of, parallel):
+def test_streamed_batches_equal_resident_batches(model_and_params, source_of, parallel):
     expected, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, crop="none")
     found, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, budget=0, crop="none")
     assert found.tolist() == expected.tolist()
@@ -85,7 +85,7 @@ def test_dropout_differs_between_devices_under_pmap(model_and_params, source_of)
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("budget", [EVERYTHING, 0])
-def test_every_image_counts_once(model_and_params, source_of, parallel, count, budget):
+def test_predictions_count_every_image_once(model_and_params, source_of, parallel, count, budget):
     model, params = model_and_params
     source, where = source_of(1003), layout(parallel, count)
     feed = Feed(source, where, budget)
@@ -101,22 +101,8 @@ def test_every_image_counts_once(model_and_params, source_of, parallel, count, b
         assert abs(found["loss"] / expected["loss"] - 1) < 1e-6
 
 
-def test_metrics_by_hand():
-    logits = np.array([[3, 2, 1, 0, -1, -2], [0, 0, 0, 0, 0, 0], [9, 8, 7, 6, 5, 4]], np.float32)
-    found = metrics(logits, np.array([0, 1, 5]))
-    soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert found["loss"] == pytest.approx(-np.log(soft[[0, 1, 2], [0, 1, 5]]).mean(), rel=1e-6)
-    assert found["accuracy"] == 1 / 3  # of equal logits the first class is the answer
-    assert found["accuracy_top5"] == 2 / 3
-
-
-def test_answers_that_are_not_numbers_are_wrong():
-    logits = np.array([[np.nan, 0.0], [0.0, np.nan]], np.float32)
-    assert metrics(logits, np.array([0, 0]))["accuracy"] == 0
-
-
 @pytest.mark.parametrize("count", [1, 8])
-def test_what_is_put_shares_no_memory_with_what_was_given(count):
+def test_put_shares_no_memory_with_its_argument(count):
     raw, on_device = np.zeros(1024 + 16, np.float32), jnp.zeros(1024)
     on_host = raw[(-raw.ctypes.data % 64) // 4 :][:1024]  # aligned, so that it could be shared
     placed = layout("mesh", count).put([on_host, on_device])
@@ -126,7 +112,7 @@ def test_what_is_put_shares_no_memory_with_what_was_given(count):
     assert placed[1].is_deleted() and not on_device.is_deleted()
 
 
-def test_a_batch_that_devices_do_not_divide():
+def test_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(ConfigError, match="training.batch_size = 12 in 1 slice.* does not divide among 8 devices; .* 8"):
         layout("mesh", 8).check(12, 1)
     with pytest.raises(ConfigError, match="a multiple of 16"):
@@ -134,7 +120,7 @@ def test_a_batch_that_devices_do_not_divide():
     layout("mesh", 8).check(32, 2)
 
 
-def test_a_driver_without_a_gpu_build_is_said_loudly(tmp_path, monkeypatch, caplog):
+def test_driver_without_a_gpu_build_gives_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -152,7 +138,7 @@ def settled(**fields) -> tuple[str, str]:
     return found.dtype, found.attention
 
 
-def test_what_is_left_open_is_settled_by_the_device(monkeypatch, caplog):
+def test_resolve_auto_depends_on_the_device(monkeypatch, caplog):
     assert settled() == ("float32", "xla")
     assert settled(dtype="bfloat16") == ("bfloat16", "xla")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -35,7 +35,7 @@ def steps(workdir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(config, tmp_path):
+def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
     config.training.steps, config.training.save_every, config.training.eval_every = 150, 2, 5  # nearly always saving
     source = tmp_path / "config.json"
     source.write_text(to_json(config))
@@ -67,7 +67,7 @@ def test_killed_and_started_again(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
+def test_runs_killed_at_random_moments_end_bit_equal(tmp_path):
     """A sample; VIT_JAX_KILLS=200 runs the whole campaign."""
     kills = os.environ.get("VIT_JAX_KILLS", "6")
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), kills, str(tmp_path / "campaign")]
@@ -87,7 +87,7 @@ runpy.run_path("main.py", run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [200, 4_000])
-def test_a_disk_that_fills_up_ends_the_run_in_a_sentence(config, tmp_path, limit):
+def test_full_disk_ends_the_run_with_one_error(config, tmp_path, limit):
     """Files cannot grow beyond a limit, which is what a full disk does: configuration, journal or a state hits it first."""
     config.training.steps, config.training.save_every = 60, 20
     source = tmp_path / "config.json"

@@ -68,7 +68,7 @@ def uninterrupted(config, module_tmp):
     return workdir, loop.train(config, workdir)
 
 
-def test_what_a_run_leaves(uninterrupted, config):
+def test_run_leaves_the_documented_files(uninterrupted, config):
     workdir, result = uninterrupted
     assert {path.name for path in workdir.iterdir()} - {".lock"} == {
         *("config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "predictions.npz"),
@@ -97,7 +97,7 @@ def test_what_a_run_leaves(uninterrupted, config):
     assert meta["normalization"] == {"mean": [0.5] * 3, "std": [0.5] * 3} and len(meta["source_sha256"]) == 64
 
 
-def test_predictions_are_those_of_the_final_weights(uninterrupted, config):
+def test_predictions_file_is_of_the_final_weights(uninterrupted, config):
     workdir, result = uninterrupted
     model, params = vit_jax.load(str(workdir / "final.npz"))
     assert same(params, result.params)
@@ -113,7 +113,7 @@ def test_predictions_are_those_of_the_final_weights(uninterrupted, config):
     assert metrics(logits, labels)["accuracy"] == result.metrics["test/accuracy"]
 
 
-def test_started_again_a_finished_run_only_reports(uninterrupted, config, monkeypatch):
+def test_finished_run_only_reports_when_started_again(uninterrupted, config, monkeypatch):
     workdir, result = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
     (workdir / "final.npz").unlink()
@@ -138,7 +138,7 @@ def test_weights_are_written_from_the_host(config, tmp_path, monkeypatch):
     assert seen[0] == "best.npz" and seen[-1] == "final.npz"
 
 
-def test_a_finished_run_whose_files_are_gone_is_evaluated_again(uninterrupted, config, tmp_path):
+def test_finished_run_without_its_files_is_evaluated_again(uninterrupted, config, tmp_path):
     workdir, result = uninterrupted
     shutil.copytree(workdir, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -164,13 +164,13 @@ def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b'{"step": 1'])
-def test_lines_that_are_no_metrics_are_left_out(tmp_path, content):
+def test_reader_leaves_out_lines_that_are_not_metrics(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"step": 2}\n')
     assert journal.read(tmp_path) == [{"step": 2}]
 
 
 @pytest.mark.parametrize("stop_after", [3, 4])
-def test_stopped_by_a_signal_it_saves_and_goes_on(uninterrupted, config, tmp_path, monkeypatch, stop_after):
+def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monkeypatch, stop_after):
     workdir, result = uninterrupted
     original = Guard.check
 
@@ -195,7 +195,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(uninterrupted, config, tmp_pat
     assert shown == expected
 
 
-def test_evaluation_only(uninterrupted, config, tmp_path):
+def test_eval_only_gives_the_metrics_of_the_run(uninterrupted, config, tmp_path):
     workdir, result = uninterrupted
     found = loop.evaluate(config, workdir)
     assert found["step"] == 12 and found["test/accuracy"] == result.metrics["test/accuracy"]
@@ -207,13 +207,13 @@ def test_evaluation_only(uninterrupted, config, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_nothing_to_evaluate(config, tmp_path):
+def test_eval_only_without_weights_is_refused(config, tmp_path):
     config.model.checkpoint, config.model.variant = "", "B/16"
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         loop.evaluate(config, tmp_path)
 
 
-def test_a_head_of_other_classes_cannot_be_evaluated(config, tmp_path):
+def test_eval_only_refuses_a_head_of_other_classes(config, tmp_path):
     with pytest.raises(ConfigError, match="has a head of 5 classes, cifar100_excerpt has 10"):
         loop.evaluate(config, tmp_path)
 
@@ -229,7 +229,7 @@ def test_a_head_of_other_classes_cannot_be_evaluated(config, tmp_path):
         ("model.variant", "B/16", ConfigError, "either model.checkpoint .* or model.variant"),
     ],
 )
-def test_a_run_that_cannot_be_leaves_no_trace(config, tmp_path, field, value, error, said):
+def test_impossible_run_leaves_no_folder(config, tmp_path, field, value, error, said):
     section, name = field.split(".")
     setattr(getattr(config, section), name, value)
     with pytest.raises(error, match=said):
@@ -237,7 +237,7 @@ def test_a_run_that_cannot_be_leaves_no_trace(config, tmp_path, field, value, er
     assert not (tmp_path / "run").exists()
 
 
-def test_unprepared_data_while_offline_names_the_command(config, tmp_path, monkeypatch):
+def test_unprepared_data_error_names_the_command(config, tmp_path, monkeypatch):
     config.data.task, config.run.data_dir = "cifar100", str(tmp_path / "tfds")
 
     def offline(*args, **kwargs):
@@ -249,7 +249,7 @@ def test_unprepared_data_while_offline_names_the_command(config, tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["train/loss", "train/gradient_norm", "test/loss"])
-def test_diverged(config, tmp_path, monkeypatch, name):
+def test_diverged_run_stops_with_advice(config, tmp_path, monkeypatch, name):
     original = Guard.check
 
     def spoilt(step, found):
@@ -265,7 +265,7 @@ def test_diverged(config, tmp_path, monkeypatch, name):
     assert not (tmp_path / "final.npz").exists() and not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_from_random_weights_with_everything_else(config, tmp_path):
+def test_run_from_random_weights_reads_the_remaining_fields(config, tmp_path):
     """The fields that no other run here sets are read, too."""
     config.model.checkpoint, config.model.variant = "", "Nano/8"
     config.model.dropout, config.model.attention_dropout, config.model.dtype = 0.1, 0.1, "bfloat16"
@@ -279,7 +279,7 @@ def test_from_random_weights_with_everything_else(config, tmp_path):
     assert meta["source"] == "random weights, Nano/8" and meta["normalization"]["mean"][0] == pytest.approx(0.5071)
 
 
-def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
+def test_step_is_traced_once(config, tmp_path, monkeypatch):
     traces = []
     original = loop.assemble
 
@@ -293,14 +293,14 @@ def test_the_step_is_traced_once(config, tmp_path, monkeypatch):
     assert traces[0]._cache_size() == 1
 
 
-def test_dry_run(config):
+def test_preview_describes_the_run(config):
     text = preview(config)
     assert "1 blocks of 16, 2 heads, 5 tokens" in text and "64 training and 50 test images" in text
     assert "16 images of 16×16×3 in 1 microbatch(es) over 8 CPUs" in text
     assert "MiB a device" in text and "12 steps, about" in text
 
 
-def test_what_was_left_open_is_written_out_and_goes_on_as_it_was(config, tmp_path, monkeypatch):
+def test_resolved_fields_are_written_and_kept(config, tmp_path, monkeypatch):
     config.training.steps, config.model.dtype = 4, "bfloat16"
     assert config.model.attention == "auto"
     vit_jax.train(config, tmp_path)
@@ -317,7 +317,7 @@ def test_what_was_left_open_is_written_out_and_goes_on_as_it_was(config, tmp_pat
         vit_jax.train(config, tmp_path)
 
 
-def test_rematerialisation_changes_no_numbers(uninterrupted, config, tmp_path):
+def test_remat_changes_no_numbers(uninterrupted, config, tmp_path):
     config.run.remat = True
     vit_jax.train(config, tmp_path)
     for ours, theirs in zip(numbers(tmp_path), numbers(uninterrupted[0]), strict=True):
@@ -325,7 +325,7 @@ def test_rematerialisation_changes_no_numbers(uninterrupted, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loop_around_nothing_is_fast(config, tmp_path, monkeypatch):
+def test_loop_overhead_is_below_a_millisecond_per_step(config, tmp_path, monkeypatch):
     """A thousand steps a second at least, with every line written; processor time, for other tests run beside this one."""
 
     def nothing(state, batch, data, *, forward, optimizer, seed, axis=None):

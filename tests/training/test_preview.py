@@ -17,11 +17,11 @@ from vit_jax.training.preview import duration
         (8697.5 * 60, "6 days 1 hour"),
     ],
 )
-def test_duration_is_in_units_people_use(seconds, text):
+def test_duration_has_units_people_use(seconds, text):
     assert duration(seconds) == text
 
 
-def test_dry_run_needs_no_download_of_a_known_architecture(config, monkeypatch, capsys, tmp_path):
+def test_preview_needs_no_download_of_a_known_architecture(config, monkeypatch, capsys, tmp_path):
     """An offline machine with an empty cache: the table knows the architecture, here a small one in the place of Ti/16's."""
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     config.model.checkpoint = "Ti/16"
@@ -45,6 +45,6 @@ def test_dry_run_needs_no_download_of_a_known_architecture(config, monkeypatch, 
 
 
 @pytest.mark.parametrize("name", ["", "Ti/61", "~no-such-user/x", "mini_8"])
-def test_other_weights_are_left_to_the_loader(config, name):
+def test_preview_leaves_other_weights_to_the_loader(config, name):
     config.model.checkpoint = name
     assert preview._without_download(config) is config

@@ -54,11 +54,11 @@ def read_state(workdir):
     return saved and saved.state
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_of_an_empty_folder_is_none(tmp_path):
     assert restored(tmp_path) == (None, None)
 
 
-def test_two_newest_states_and_the_best_parameters(tmp_path):
+def test_saver_keeps_two_states_and_the_best_parameters(tmp_path):
     saved(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     state, best = restored(tmp_path)
@@ -74,7 +74,7 @@ def test_two_newest_states_and_the_best_parameters(tmp_path):
     assert read_meta(tmp_path / "final.npz") == {"task": "t", "step": 3, "accuracy": 0.1}
 
 
-def test_the_first_of_equal_evaluations_is_the_best(tmp_path):
+def test_best_is_the_first_of_equal_evaluations(tmp_path):
     with Saver(tmp_path, {}, Config()) as saver:
         for step in (1, 2):
             saver.update_best(step, 0.5, state_at(step).params)
@@ -82,7 +82,7 @@ def test_the_first_of_equal_evaluations_is_the_best(tmp_path):
     assert saver.best == {"step": 1, "accuracy": 0.5}
 
 
-def test_the_best_parameters_are_a_copy(tmp_path):
+def test_best_parameters_are_a_copy(tmp_path):
     params = jax.tree.map(jnp.ones_like, PARAMS)
     with Saver(tmp_path, {}, Config()) as saver:
         saver.update_best(1, 0.5, params)
@@ -92,7 +92,7 @@ def test_the_best_parameters_are_a_copy(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["bits", "truncated", "missing", "record"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, caplog):
+def test_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, caplog):
     saved(tmp_path)
     newest = tmp_path / "checkpoints" / "3"
     files = sorted((path for path in (newest / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -118,7 +118,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, c
     assert same(restored(tmp_path)[0], state_at(3))
 
 
-def test_a_value_that_changed_silently_is_noticed(tmp_path, caplog):
+def test_silently_changed_value_is_detected(tmp_path, caplog):
     """Orbax restores it without a word: written again with one value changed, the hash beside it being the old one."""
     saved(tmp_path, steps=(1, 2))
     changed = state_at(9)
@@ -130,7 +130,7 @@ def test_a_value_that_changed_silently_is_noticed(tmp_path, caplog):
     assert same(state, state_at(1)) and "is not what was saved" in caplog.text
 
 
-def test_all_states_damaged(tmp_path):
+def test_damage_of_all_states_is_an_error(tmp_path):
     saved(tmp_path)
     for step in ("2", "3"):
         (tmp_path / "checkpoints" / step / "record" / "metadata").write_text("{")
@@ -139,7 +139,7 @@ def test_all_states_damaged(tmp_path):
     assert (tmp_path / "checkpoints" / "3").exists()  # nothing is thrown away
 
 
-def test_a_state_of_another_shape_is_refused(tmp_path):
+def test_state_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
     other = jax.eval_shape(lambda: create({"head": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(2)}}, OPTIMIZER))
     with Saver(tmp_path, {}, Config()) as saver, pytest.raises(TrainingError, match="no state in .* can be read"):
@@ -163,7 +163,7 @@ except TrainingError as error:
 """
 
 
-def test_a_disk_that_is_full_harms_nothing_that_was_saved(tmp_path):
+def test_full_disk_damages_no_saved_state(tmp_path):
     here = Path(__file__).parent
     code = FULL.format(tests=str(here), workdir=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here.parents[1])
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_harms_nothing_that_was_saved(tmp_path):
     assert same(read_npz(tmp_path / "best.npz"), state_at(1).params)
 
 
-def test_what_the_machine_refuses_is_no_damage(tmp_path, monkeypatch):
+def test_permission_error_is_not_reported_as_damage(tmp_path, monkeypatch):
     saved(tmp_path)
 
     def refuses(*args):
@@ -187,7 +187,7 @@ def test_what_the_machine_refuses_is_no_damage(tmp_path, monkeypatch):
     assert same(restored(tmp_path)[0], state_at(3))
 
 
-def test_a_reader_leaves_an_unfinished_save_alone(tmp_path):
+def test_reader_does_not_touch_an_unfinished_save(tmp_path):
     saved(tmp_path)
     unfinished = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "3", unfinished)
@@ -238,7 +238,7 @@ def test_folder_or_nothing_in_place_of_a_file_falls_back(tmp_path, name, instead
     assert same(restored(tmp_path)[0], state_at(read))
 
 
-def test_state_that_vanishes_while_it_is_read_is_read_anew(tmp_path, monkeypatch, caplog):
+def test_state_that_vanishes_during_reading_is_read_again(tmp_path, monkeypatch, caplog):
     """A training next to the reader saves two states and removes those that the reader has listed."""
     saved(tmp_path, steps=(1, 2))
     original = restore._read_record
@@ -253,7 +253,7 @@ def test_state_that_vanishes_while_it_is_read_is_read_anew(tmp_path, monkeypatch
     assert same(read_state(tmp_path), state_at(4)) and not caplog.text
 
 
-def test_states_that_vanish_always_end_in_an_error(tmp_path, monkeypatch):
+def test_states_that_always_vanish_are_an_error(tmp_path, monkeypatch):
     listed = iter(range(100))
     monkeypatch.setattr(restore, "steps", lambda folder: [next(listed)])
     with pytest.raises(TrainingError, match="replaced faster than they can be read; try again"):
@@ -278,7 +278,7 @@ def test_old_states_that_a_killed_process_was_removing_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no JSON", "another JSON", "truncated", "other weights", "missing"])
-def test_weights_that_are_not_whole_are_written_again(tmp_path, damage):
+def test_incomplete_weights_are_written_again(tmp_path, damage):
     saved(tmp_path)
     with Saver(tmp_path, {"task": "t"}, Config()) as saver:
         state = saver.restore(ABSTRACT)
@@ -304,7 +304,7 @@ def test_weights_that_are_not_whole_are_written_again(tmp_path, damage):
     assert {name: (tmp_path / name).read_bytes() for name in expected} == expected
 
 
-def test_weights_never_lie_without_their_description(tmp_path, monkeypatch):
+def test_weights_always_have_their_description(tmp_path, monkeypatch):
     """A process that is killed between the two renames leaves the description, which then speaks of the weights to come."""
     original, renamed = os.replace, []
 

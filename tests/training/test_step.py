@@ -37,7 +37,7 @@ def largest_difference(ours, theirs) -> float:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_original_trajectory(name, shared, tmp_path):
+def test_train_step_follows_the_original_trajectory(name, shared, tmp_path):
     oracle = np.load(shared / "oracles" / "train" / f"{name}.npz")
 
     def tree(prefix):
@@ -101,7 +101,7 @@ def updated(model, params, data, slices, settings, seed=0, steps=1, augment=Augm
     return state.params, losses
 
 
-def test_slices_change_neither_draws_nor_gradients(small):
+def test_microbatches_change_neither_draws_nor_gradients(small):
     settings = Optimizer(accumulator_dtype="float32")
     whole, losses = updated(*small, 1, settings, steps=3)
     params, found = updated(*small, 4, settings, steps=3)
@@ -110,7 +110,7 @@ def test_slices_change_neither_draws_nor_gradients(small):
     assert len(set(losses)) == 3
 
 
-def test_draws_change_from_step_to_step(small):
+def test_augmentation_changes_from_step_to_step(small):
     flips = Augment(crop="none")  # compiles in half the time
     assert len(set(updated(*small, 1, Optimizer(learning_rate=1e-30), steps=3, augment=flips)[1])) > 1
 
@@ -153,7 +153,7 @@ def adamw(gradient, settings, params, state, count):
         Optimizer(name="adamw", momentum=0.7, b2=0.8, clip_norm=0.0, weight_decay=0.2),
     ],
 )
-def test_updates_against_arithmetic_by_hand(settings):
+def test_updates_agree_with_hand_computation(settings):
     settings.accumulator_dtype = "float32"
     settings.decay, settings.learning_rate = "linear", 0.05
     steps = 10**9  # so long that the rate does not move
@@ -178,7 +178,7 @@ def test_updates_against_arithmetic_by_hand(settings):
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_schedule_is_that_of_the_original(decay, warmup):
+def test_schedule_equals_the_original(decay, warmup):
     """create_learning_rate_schedule of its vit_jax/utils.py, whose linear decay ends at 1e-5."""
     rate = optimizers.schedule(Optimizer(learning_rate=0.5, warmup_steps=warmup, decay=decay), 11)
     for count in range(12):
@@ -188,7 +188,7 @@ def test_schedule_is_that_of_the_original(decay, warmup):
         np.testing.assert_allclose(rate(count), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_last_update_has_the_rate_that_the_docstring_says():
+def test_schedule_of_the_last_update_is_as_documented():
     """T = 11 updates, w = 3 of them warm-up; a rate below 1e-5 does not rise."""
     of = {
         decay: optimizers.schedule(Optimizer(learning_rate=0.5, warmup_steps=3, decay=decay), 11)

@@ -23,7 +23,7 @@ def test_folder_of_another_configuration_is_refused(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["parallel"] == "pmap"
 
 
-def test_folder_of_something_else_is_refused(tmp_path):
+def test_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         check(tmp_path, Config())
@@ -44,7 +44,7 @@ def test_folder_that_cannot_be_made_is_reported(tmp_path):
         pass
 
 
-def test_folder_is_for_one_process_at_a_time(tmp_path):
+def test_folder_is_locked_for_one_process(tmp_path):
     with (
         lock_workdir(tmp_path, Config()),
         pytest.raises(ConfigError, match="another process trains in"),
@@ -53,7 +53,7 @@ def test_folder_is_for_one_process_at_a_time(tmp_path):
         pass
 
 
-def test_configuration_binds_nothing_before_the_first_step(tmp_path):
+def test_configuration_can_change_before_the_first_step(tmp_path):
     """A first start that failed, as attention="cudnn" does on a CPU, must not decide how the corrected command runs."""
     first = Config()
     first.model.attention, first.model.dtype = "cudnn", "bfloat16"

@@ -50,7 +50,7 @@ def slow_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (480, 640)])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_boxes_are_distributed_as_the_library_draws_them(shared, distribution, height, width):
+def test_boxes_have_the_distribution_of_the_library(shared, distribution, height, width):
     with np.load(shared / "oracles" / "crops" / "boxes.npz") as file:
         theirs = file[f"{distribution}_{height}x{width}"].astype(np.float64)
     ours = np.asarray(random_boxes(keys(len(theirs)), height, width, distribution=distribution), np.float64)
@@ -90,12 +90,12 @@ def test_boxes_lie_inside_the_image(distribution, height, width, area):
         ("tensorflow", 10, 100, [0, 0, 10, 100]),
     ],
 )
-def test_where_no_attempt_fits_the_fallback_is_the_librarys(distribution, height, width, box):
+def test_boxes_fallback_is_that_of_the_library(distribution, height, width, box):
     """No box with the area of the whole strip has an allowed aspect ratio."""
     assert random_boxes(keys(1), height, width, distribution=distribution, area=(1.0, 1.0)).tolist() == [box]
 
 
-def test_bad_arguments_of_boxes_are_refused():
+def test_boxes_refuse_bad_arguments():
     with pytest.raises(ValueError, match="'inception' is unknown; choose one of torchvision, tensorflow"):
         geometry.random_boxes(keys(1), 8, 8, distribution="inception")
     for area in ((0.0, 1.0), (0.5, 0.2), (0.5, 1.5)):
@@ -141,7 +141,7 @@ def test_resize_to_the_same_size_changes_nothing():
 
 
 @pytest.mark.parametrize("size", [17, (30, 41)])
-def test_crop_resize_is_to_crop_then_resize(size):
+def test_crop_resize_equals_crop_then_resize(size):
     images = pixels(len(BOXES), 20, 24, 3)
     height, width = (size, size) if isinstance(size, int) else size
     boxes = zip(images, BOXES, strict=True)
@@ -153,7 +153,7 @@ def test_crop_resize_is_to_crop_then_resize(size):
     np.testing.assert_allclose(mirrored, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_no_pixel_from_outside_the_box():
+def test_crop_resize_uses_no_pixel_outside_the_box():
     random = random_boxes(keys(200), 20, 24, distribution="torchvision")
     boxes = jnp.concatenate([jnp.asarray(BOXES), random])
     images = pixels(len(boxes), 20, 24, 3)
@@ -168,6 +168,6 @@ def test_no_pixel_from_outside_the_box():
             np.testing.assert_array_equal(crop_resize(poisoned, boxes, size, flip), clean)
 
 
-def test_boxes_of_another_batch_are_refused():
+def test_crop_resize_refuses_boxes_of_another_batch():
     with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 pixels need \(2, 4\)"):
         geometry.crop_resize(pixels(2, 20, 24, 3), jnp.asarray(BOXES), 8)

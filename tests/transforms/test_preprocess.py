@@ -32,7 +32,7 @@ def test_preprocess_scales_as_google_does(as_array):
     assert preprocess.preprocess(images, (24, 40)).shape == (2, 24, 40, 3)
 
 
-def test_evaluation_resizes_straight_and_normalises():
+def test_evaluation_resizes_straight_and_scales():
     images = pixels(3, 12, 20)
     mean, deviation = (np.reshape(s, (1, 1, 1, 3)) for s in STATISTICS)
     expected = (np.asarray(geometry.resize(images, 24), np.float64) / 255 - mean) / deviation
@@ -45,7 +45,7 @@ def test_evaluation_resizes_straight_and_normalises():
     [pixels(2).astype(np.float32), pixels(2)[0], pixels(2)[..., :1], pixels(2).astype(np.int64)],
     ids=["float", "one image", "grey", "int64"],
 )
-def test_what_is_no_batch_of_images_is_refused(images):
+def test_preprocess_refuses_other_arrays(images):
     with pytest.raises(ValueError, match=r"must be uint8 of shape \[batch, height, width, 3\], got "):
         preprocess.preprocess(images, 16)
     with pytest.raises(ValueError, match="must be uint8"):
@@ -53,7 +53,7 @@ def test_what_is_no_batch_of_images_is_refused(images):
 
 
 @pytest.mark.parametrize("crop", ["tensorflow", "none"])
-def test_training_crops_then_flips_then_scales(crop):
+def test_training_transform_crops_then_flips_then_scales(crop):
     images, own, labels = pixels(32, 16, 24), example_keys(32), jnp.arange(32)
     flip = geometry.flips(keys.fold(own, keys.FLIP))
     assert set(flip.tolist()) == {True, False}
@@ -71,7 +71,7 @@ def test_training_crops_then_flips_then_scales(crop):
     np.testing.assert_allclose(flipped, expected, atol=2e-6)
 
 
-def test_training_does_not_depend_on_the_batch_an_image_is_in():
+def test_training_transform_does_not_depend_on_the_batch():
     images, own, labels = pixels(32), example_keys(32), jnp.arange(32)
     transform = jax.jit(preprocess.for_training(Augment(), 24, STATISTICS))
     expected, _ = transform(own, images, labels)

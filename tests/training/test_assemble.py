@@ -67,7 +67,7 @@ def test_edited_configuration_is_refused(uninterrupted, config, tmp_path):
         loop.train(config, tmp_path / "run")
 
 
-def test_training_on_the_test_split_is_warned_about_and_recorded(config, tmp_path, caplog):
+def test_training_on_test_images_gives_a_recorded_warning(config, tmp_path, caplog):
     config.data.train_split, config.training.batch_size, config.training.steps = "train[:8]+test[:20]", 32, 3
     loop.train(config, tmp_path)
     assert "20 of the 50 test images are training images" in caplog.text
@@ -75,7 +75,7 @@ def test_training_on_the_test_split_is_warned_about_and_recorded(config, tmp_pat
     assert "20 of the 50 test images" in first and "batch_size = 32 is larger than the training split of 28" in second
 
 
-def test_evaluating_parameters_that_give_nan_is_an_error(uninterrupted, config, tmp_path, monkeypatch):
+def test_eval_only_of_nan_parameters_is_an_error(uninterrupted, config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "metrics", lambda logits, labels: {"loss": float("nan"), "accuracy": 0.0})
     with pytest.raises(TrainingError, match="test/loss of step 12 in .* is nan"):
         loop.evaluate(config, uninterrupted[0])
@@ -100,7 +100,7 @@ def test_embedded_data_are_found_with_another_data_dir(config, tmp_path):
     assert len(assemble(config, devices.start(config.run)).sources[0]) == 64 and not list(tmp_path.iterdir())
 
 
-def test_first_lines_say_what_runs(config, tmp_path, capsys):
+def test_first_messages_name_model_data_and_devices(config, tmp_path, capsys):
     config.training.steps = 3
     loop.train(config, tmp_path)
     said = capsys.readouterr().err

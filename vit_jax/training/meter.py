@@ -41,7 +41,7 @@ class Meter:
         line = {f"train/{name}": float(value) for name, value in jax.device_get(self._metrics).items()}
         line["train/learning_rate"] = self._rate(self._step - 1)
         Guard.check(self._step, line)
-        ended = self._ended or time.perf_counter()
+        ended = time.perf_counter() if self._ended is None else self._ended
         seconds, self._began, self._metrics = ended - self._began, ended, None
         if self._step > self._first:
             line["train/images_per_second"] = self._batch_size / seconds

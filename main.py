@@ -7,7 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends the process without a traceback
 
 from vit_jax import cli
-from vit_jax.__main__ import MEMORY_ADVICE, train
+from vit_jax.__main__ import train
 
 if __name__ == "__main__":
-    cli.run(lambda: cli.call(lambda: train(sys.argv[1:], "python main.py"), MEMORY_ADVICE))
+    cli.run(lambda: train(sys.argv[1:], "python main.py"))

@@ -13,7 +13,6 @@ import pytest
 
 import vit_jax
 from vit_jax import __main__ as entry
-from vit_jax import cli
 from vit_jax import config as configuration
 from vit_jax.config import Config
 from vit_jax.config_files import to_json
@@ -24,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 
 def train(argv):
     """The exit status of a command line of training, which begins with the program."""
-    return entry.train(argv[1:], argv[0])
+    return entry._train(argv[1:], argv[0])
 
 
 def called(argv):
     """The exit status of a command line of training, as a process would give it."""
-    return cli.call(lambda: train(argv), entry.MEMORY_ADVICE)
+    return entry.train(argv[1:], argv[0])
 
 
 @pytest.fixture

@@ -14,21 +14,6 @@ COMMANDS = {
     "data": "list, prepare and show data sets",
     "checkpoints": "list, download, inspect, check and convert weights",
 }
-TRAIN_HELP = """Trains a Vision Transformer as a configuration says, evaluates it, and continues a run that was interrupted.
-
-usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run]
-
-  --config FILE    a Python file, the name of one in configs/ such as demo, or the config.json of a run; what follows a
-                   colon is the configuration's argument
-  --workdir DIR    the folder of the run; default runs/<name of the configuration>
-  --eval_only      evaluate the newest state in that folder or, if there is none, model.checkpoint
-  --dry_run        print shapes, memory and the time to expect; model.checkpoint is not downloaded
-  --help           this text and every field; with --config, the values of that file
-"""
-MEMORY_ADVICE = (
-    "raise training.grad_accum_steps, lower training.batch_size, run.eval_batch_size or run.device_budget_mib, or set "
-    "model.dtype=bfloat16; --dry_run prints what a step needs"
-)
 
 
 def console() -> NoReturn:
@@ -62,7 +47,7 @@ def main(argv: list[str], program: str = "vit_jax") -> int:
         print(f"vit_jax {__version__}")
         return 0
     if command == "train":
-        return cli.call(lambda: train(arguments, f"{program} train"), MEMORY_ADVICE)
+        return train(arguments, f"{program} train")
     if command in COMMANDS:
         module = importlib.import_module(f"vit_jax.{'reports' if command == 'report' else command}.__main__")
         return module.main(arguments, f"{program} {command}")
@@ -74,6 +59,13 @@ def main(argv: list[str], program: str = "vit_jax") -> int:
 
 def train(argv: list[str], program: str) -> int:
     """Trains, evaluates or previews what a command line names; arguments and result are those of `main`."""
+    from vit_jax import cli
+    from vit_jax.training.command import MEMORY_ADVICE
+
+    return cli.call(lambda: _train(argv, program), MEMORY_ADVICE)
+
+
+def _train(argv: list[str], program: str) -> int:
     import logging
 
     from vit_jax import cli, config
@@ -85,7 +77,7 @@ def train(argv: list[str], program: str) -> int:
     try:
         parsed, values = command.parse([program, *argv])
         if values.help:
-            print(f"{TRAIN_HELP.format(program=program)}\n{command.describe_fields(parsed)}")
+            print(f"{command.HELP.format(program=program)}\n{command.describe_fields(parsed)}")
             return 0
         config.check(parsed)
     except ConfigError as error:

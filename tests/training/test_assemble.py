@@ -11,7 +11,7 @@ import pytest
 from vit_jax.config_files import to_json
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import devices, loop, restore
+from vit_jax.training import devices, loop, outputs, restore
 from vit_jax.training.assemble import assemble
 from vit_jax.training.guard import Guard
 
@@ -76,7 +76,7 @@ def test_training_on_test_images_gives_a_recorded_warning(config, tmp_path, capl
 
 
 def test_eval_only_of_nan_parameters_is_an_error(uninterrupted, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "metrics", lambda logits, labels: {"loss": float("nan"), "accuracy": 0.0})
+    monkeypatch.setattr(outputs, "metrics", lambda logits, labels: {"loss": float("nan"), "accuracy": 0.0})
     with pytest.raises(TrainingError, match="test/loss of step 12 in .* is nan"):
         loop.evaluate(config, uninterrupted[0])
 

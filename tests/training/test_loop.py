@@ -17,7 +17,7 @@ import vit_jax
 from vit_jax.config_files import read
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import journal, loop, saving
+from vit_jax.training import journal, loop, outputs, saving
 from vit_jax.training.evaluate import metrics
 from vit_jax.training.guard import Guard
 from vit_jax.training.preview import preview
@@ -117,7 +117,7 @@ def test_finished_run_only_reports_when_started_again(uninterrupted, config, mon
     workdir, result = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
     (workdir / "final.npz").unlink()
-    monkeypatch.setattr(loop, "predictions", None)  # neither trains nor evaluates
+    monkeypatch.setattr(outputs, "predictions", None)  # neither trains nor evaluates
     again = loop.train(config, workdir)
     assert again.metrics == result.metrics and same(again.params, result.params)
     assert (workdir / "metrics.jsonl").read_text() == before and (workdir / "final.npz").exists()

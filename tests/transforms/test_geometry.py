@@ -169,5 +169,5 @@ def test_crop_resize_uses_no_pixel_outside_the_box():
 
 
 def test_crop_resize_refuses_boxes_of_another_batch():
-    with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 pixels need \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 images need \(2, 4\)"):
         geometry.crop_resize(pixels(2, 20, 24, 3), jnp.asarray(BOXES), 8)

@@ -20,6 +20,21 @@ from vit_jax.errors import ConfigError
 if TYPE_CHECKING:
     from absl import flags
 
+HELP = """Trains a Vision Transformer as a configuration says, evaluates it, and continues a run that was interrupted.
+
+usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run]
+
+  --config FILE    a Python file, the name of one in configs/ such as demo, or the config.json of a run; what follows a
+                   colon is the configuration's argument
+  --workdir DIR    the folder of the run; default runs/<name of the configuration>
+  --eval_only      evaluate the newest state in that folder or, if there is none, model.checkpoint
+  --dry_run        print shapes, memory and the time to expect; model.checkpoint is not downloaded
+  --help           this text and every field; with --config, the values of that file
+"""
+MEMORY_ADVICE = (
+    "raise training.grad_accum_steps, lower training.batch_size, run.eval_batch_size or run.device_budget_mib, or set "
+    "model.dtype=bfloat16; --dry_run prints what a step needs"
+)
 _NOT_OVERRIDABLE = "run.expected"
 # What may differ from the file of a configuration without a change of its final numbers, `run` aside.
 _HARMLESS = {"training.eval_every", "training.save_every"}
@@ -133,7 +148,7 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     if len(rest) > 1:
         raise ConfigError(f"stray argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
     if not (values["config"].present or values.help):
-        raise ConfigError("name a configuration, as in python main.py --config configs/demo.py")
+        raise ConfigError(f"name a configuration, as in {argv[0]} --config demo")
     if values.dry_run and values.eval_only:
         raise ConfigError("--dry_run and --eval_only exclude each other")
     if "\0" in (values.workdir or ""):

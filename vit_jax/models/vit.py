@@ -15,6 +15,9 @@ from jax import lax
 
 from vit_jax.models.resnet import ResNet, precision_of
 
+# Channel means and standard deviations of pixel values in [0, 1] that scale them to [-1, 1], as Google's models expect:
+# (x - 127.5) / 127.5 in the original's vit_jax/input_pipeline.py.
+GOOGLE_NORMALIZATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _XAVIER = nn.initializers.xavier_uniform()
 
 
@@ -176,8 +179,8 @@ class VisionTransformer(nn.Module):
     attention: str = "xla"  # what computes it: "xla" anywhere; "cudnn", fused, on an NVIDIA GPU in bfloat16
     remat: bool = False  # blocks are computed again for the gradient, in a fraction of the memory
     # Channel means and deviations, of values in [0, 1], of the images that the weights were trained on: not computed here,
-    # `vit_jax.preprocess` scales by it. Google's: (x - 127.5) / 127.5.
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    # `vit_jax.preprocess` scales by it.
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = GOOGLE_NORMALIZATION
 
     @property
     def stride(self) -> int:

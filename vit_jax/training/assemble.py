@@ -13,7 +13,7 @@ import optax
 
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.load import load, meta_of, outline, reading
+from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.config import AUTO, Config
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split, shared_examples
@@ -21,7 +21,7 @@ from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
 from vit_jax.models.variants import build, from_tree, name_of
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import restore
 from vit_jax.training.devices import Layout
@@ -89,9 +89,9 @@ def _keeps_head(config: Config, num_classes: int, class_names: list[str]) -> boo
     wanted, source = config.model.keep_head, config.model.checkpoint
     if wanted != AUTO or not source:
         return wanted == "true"
-    with reading(source):
+    with as_checkpoint_error(source):
         path = find(source)
-    model, _ = outline(path)
+    model, _ = model_of_file(path)
     if model.num_classes != num_classes:
         return False
     names = meta_of(path).get("class_names")
@@ -171,7 +171,7 @@ def describe(config: Config, class_names: list[str], saved: Mapping[str, Any] | 
     The source of a saved state is what its record says, because the file may have changed since.
     """
     row = task(config.data.task)
-    mean, std = _statistics(config, row) or ((0.5,) * 3, (0.5,) * 3)
+    mean, std = _statistics(config, row) or GOOGLE_NORMALIZATION
     meta = {
         "normalization": {"mean": list(mean), "std": list(std)},
         "image_size": config.data.image_size,

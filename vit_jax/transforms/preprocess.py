@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import Augment
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.transforms import geometry
 
 # Channel means and standard deviations, of values in [0, 1].
 Statistics = tuple[Sequence[float], Sequence[float]]
-
-# Google's models see (x - 127.5) / 127.5 (vit_jax/input_pipeline.py of the original), which is this.
-_GOOGLE: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # What an image's key is folded with for each kind of draw. Numbers are never reused or changed, so that a new kind of
 # augmentation leaves the draws of the others as they were.
@@ -109,7 +106,7 @@ def _check(images: jax.Array | np.ndarray) -> None:
 
 def scale(images: jax.Array, statistics: Statistics | None) -> jax.Array:
     """Images [B, H, W, 3] of values in [0, 255], less the channels' means and over their deviations; float32."""
-    mean, deviation = (255 * np.reshape(s, (1, 1, 1, 3)) for s in statistics or _GOOGLE)
+    mean, deviation = (255 * np.reshape(s, (1, 1, 1, 3)) for s in statistics or GOOGLE_NORMALIZATION)
     return (images - mean.astype(np.float32)) / deviation.astype(np.float32)
 
 

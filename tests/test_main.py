@@ -223,16 +223,10 @@ def test_what_the_machine_refuses_ends_in_a_sentence(main, demo, monkeypatch, ca
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (
-            "model.checkpoint=~nobody-of-that-name/x",
-            "error: checkpoint='~nobody-of-that-name/x': the user '~nob",
-        ),
+        ("model.checkpoint=~no-such-user/x", "error: checkpoint='~no-such-user/x': the user '~no-such-user' does not exist"),
         ("model.checkpoint=/proc/self/mem", "error: /proc/self/mem is empty"),
         ("model.checkpoint=loop", "error: there is no file loop"),
-        (
-            "run.data_dir=~nobody-of-that-name/x",
-            "error: cifar100 cannot lie in ~nobody-of-that-name/x (Could not determine home",
-        ),
+        ("run.data_dir=~no-such-user/x", "error: data_dir='~no-such-user/x': the user '~no-such-user' does not exist"),
         ("run.data_dir=/proc/self/mem", "error: cifar100 cannot be written into /proc/self/mem"),
         ("run.data_dir=loop", "error: cifar100 cannot be written into loop"),
     ],

@@ -1,4 +1,4 @@
-"""How a command line ends: its exit status, and what it prints, in real processes with closed, full and ASCII streams."""
+"""How a command line ends: exit status and output, in real processes with closed, full and ASCII streams."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def ended(done: subprocess.CompletedProcess) -> tuple[int, str, str]:
 
 
 class JaxRuntimeError(Exception):
-    """JAX is not imported here either."""
+    """An error with the name of JAX's, which `cli` recognises by name."""
 
 
 @pytest.mark.parametrize(
@@ -36,21 +36,21 @@ class JaxRuntimeError(Exception):
         (CheckpointError("x.npz: no head\x1b[2J"), 1, "error: x.npz: no head\\x1b[2J\n"),
         (OSError(28, "No space left on device", "a.npz"), 1, "error: a.npz: No space left on device\n"),
         (OSError("two\nlines"), 1, "error: two lines\n"),
-        (MemoryError(), 1, "error: the machine has too little memory: buy more\n"),
+        (MemoryError(), 1, "error: the machine has too little memory: use less\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
-        (JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB"), 1, "error: the device has too little memory: buy more\n"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB"), 1, "error: the device has too little memory: use less\n"),
     ],
 )  # fmt: skip
 def test_errors_become_one_line_and_a_status(capsys, error, status, said):
     def fails():
         raise error
 
-    assert cli.call(fails, "buy more") == status
+    assert cli.call(fails, "use less") == status
     assert capsys.readouterr().err == said
 
 
-def test_bugs_are_not_hidden():
+def test_other_errors_are_raised():
     with pytest.raises(ZeroDivisionError):
         cli.call(lambda: 1 // 0)
 
@@ -66,11 +66,11 @@ def test_bugs_are_not_hidden():
         ("import atexit; atexit.register(print, 'tidy'); return 0", (0, "tidy\n", "")),
     ],
 )
-def test_exit_statuses_of_a_process(body, expected):
+def test_exit_status_of_a_process_is_that_of_main(body, expected):
     assert ended(start(body)) == expected
 
 
-def test_bug_prints_its_traceback_and_does_not_wait_for_threads():
+def test_other_error_prints_a_traceback_and_does_not_wait_for_threads():
     done = start("import threading; threading.Thread(target=time.sleep, args=(50,)).start(); return 1 // 0")
     assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: integer division or modulo by zero\n")
 
@@ -80,7 +80,7 @@ def test_bug_prints_its_traceback_and_does_not_wait_for_threads():
 )
 @pytest.mark.parametrize("where", ["import slow", "time.sleep(50)", "\ntry: time.sleep(50)\nexcept BaseException: pass"])
 def test_signals_end_a_process_at_once_with_their_status(tmp_path, number, status, word, where):
-    """In an import that would swallow a KeyboardInterrupt, in the work, and in a block that would swallow it."""
+    """In an import that catches KeyboardInterrupt, in the work, and in a block that catches it."""
     (tmp_path / "slow.py").write_text("import time\ntry:\n    time.sleep(50)\nexcept BaseException:\n    pass\n")
     body = f"sys.path.insert(0, {str(tmp_path)!r}); print('ready', flush=True)\n{where.strip()}\nreturn 0"
     code = START + "def main():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "cli.run(lambda: cli.call(main))"
@@ -109,14 +109,14 @@ def test_ignored_signals_stay_ignored():
 
 
 def test_signal_tests_hold_in_background_jobs():
-    """The tests' settings undo that a background job ignores Ctrl-C."""
+    """The settings of the tests handle Ctrl-C also in a background job, which ignores it by default."""
     code = "import signal, runpy; runpy.run_path('tests/conftest.py'); signal.raise_signal(signal.SIGINT)"
     command = ["sh", "-c", 'trap \'\' INT; exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
     assert b"KeyboardInterrupt" in done.stderr
 
 
-def test_reader_that_closes_the_pipe_is_no_error():
+def test_closed_pipe_is_no_error():
     code = START + "cli.run(lambda: cli.call(lambda: print('a\\n' * 99999) or 0))"
     command = ["sh", "-c", '{ "$0" -c "$1"; echo $? >&2; } | head -n 1', sys.executable, code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -136,8 +136,8 @@ def test_full_or_closed_stdout_is_one_line_and_status_1(shell, why, flush):
     assert ended(done) == (1, "", f"error: standard output: {why}\n")
 
 
-def test_closed_streams_are_not_the_next_opened_files(tmp_path):
-    """What C code writes to descriptors 1 and 2 would go into them."""
+def test_closed_streams_are_not_reused_for_opened_files(tmp_path):
+    """Text that C code writes to descriptors 1 and 2 would go into such a file."""
     body = f"file = open({str(tmp_path / 'weights')!r}, 'wb'); assert file.fileno() > 2; return 5"
     assert start(body, shell="<&- >&- 2>&-").returncode == 5
 

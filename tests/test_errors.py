@@ -1,4 +1,4 @@
-"""Text from outside as one harmless line, and the errors that a command line prints without a traceback."""
+"""Text from outside as one printable line, and the errors that a command line prints without a traceback."""
 
 import inspect
 
@@ -21,7 +21,7 @@ from vit_jax.errors import UserError, printable, reason, root_cause
         (ValueError("of an object"), "of an object"),
     ],
 )
-def test_printable_escapes_what_changes_a_terminal(text, shown):
+def test_printable_escapes_control_characters(text, shown):
     assert printable(text) == shown
     shown.encode()
 
@@ -45,7 +45,7 @@ def test_reason_is_one_line(error, words):
     assert reason(error) == words
 
 
-def test_root_cause_is_the_first_error_also_of_a_circle():
+def test_root_cause_is_the_first_error_and_ends_in_a_cycle():
     first, second, third = ValueError("first"), TypeError("second"), KeyError("third")
     third.__cause__, second.__context__ = second, first
     assert root_cause(third) is first

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when processes are killed; locks; the cache folder."""
+"""Atomic files and folders, also when processes are killed; locks; hashes; the cache folder."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def process():
-    """A function that starts Python code, waits until it prints "ready", and returns the process; it is killed at the end."""
+    """A function that starts Python code in a process and returns it after it printed "ready"; the test's end kills it."""
     started = []
 
     def start(code: str) -> subprocess.Popen:
@@ -32,7 +32,7 @@ def process():
         one.communicate()
 
 
-def test_file_appears_whole(tmp_path):
+def test_whole_file_appears_complete(tmp_path):
     path = tmp_path / "folder" / "a"
     with whole_file(path) as file:
         file.write(b"new")
@@ -41,7 +41,7 @@ def test_file_appears_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_failed_writing_keeps_what_was_there(tmp_path, error):
+def test_whole_file_keeps_the_old_file_after_an_error(tmp_path, error):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(error), whole_file(tmp_path / "a") as file:
         file.write(b"half")
@@ -49,7 +49,7 @@ def test_failed_writing_keeps_what_was_there(tmp_path, error):
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_errors_name_the_file_and_not_its_scratch(tmp_path):
+def test_whole_file_errors_name_the_file_and_not_its_scratch(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as raised, whole_file(tmp_path / "file" / "a"):
         pass
@@ -59,7 +59,7 @@ def test_errors_name_the_file_and_not_its_scratch(tmp_path):
     assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "b"))
 
 
-def test_folder_appears_whole(tmp_path):
+def test_whole_folder_appears_complete_or_not_at_all(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         with whole_folder(tmp_path / name) as folder:
@@ -68,7 +68,7 @@ def test_folder_appears_whole(tmp_path):
     with pytest.raises(ValueError), whole_folder(tmp_path / "failed") as folder:
         (folder / "a").write_text("1")
         raise ValueError
-    with pytest.raises(FileExistsError, match="name another folder"), whole_folder(tmp_path / "new"):
+    with pytest.raises(FileExistsError, match="give another folder"), whole_folder(tmp_path / "new"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["empty", "new"]
 
@@ -95,7 +95,7 @@ def test_scratch_of_a_live_process_is_kept(tmp_path, process, kind):
     assert os.listdir(tmp_path) == [scratch]
 
 
-def test_only_scratch_is_removed_and_of_one_name_if_asked(tmp_path):
+def test_remove_scratch_removes_only_scratch_and_of_one_name_if_given(tmp_path):
     others = ["a", ".a.tmp", ".a.12.tmp.txt", "a.12.tmp"]
     for name in [*others, ".a.12.tmp", ".b.12-0123abcd.tmp"]:
         (tmp_path / name).write_text("")
@@ -107,7 +107,7 @@ def test_only_scratch_is_removed_and_of_one_name_if_asked(tmp_path):
     remove_scratch(tmp_path / "nowhere")
 
 
-def test_lock_makes_others_wait_and_says_so(tmp_path, process, caplog):
+def test_lock_makes_other_processes_wait_and_logs_it(tmp_path, process, caplog):
     path = tmp_path / "folder" / "lock"
     with locked(path, "writes a"):
         pass
@@ -129,7 +129,7 @@ def test_lock_of_a_killed_process_is_free(tmp_path, process, caplog):
         assert caplog.text == ""
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256_equals_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"bytes" * 100_000)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"bytes" * 100_000).hexdigest()
 

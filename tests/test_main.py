@@ -347,16 +347,10 @@ def test_errors_of_the_machine_are_one_line_and_a_status(demo, monkeypatch, caps
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (
-            "model.checkpoint=~no-such-user/x",
-            "error: checkpoint='~no-such-user/x': the user '~no-",
-        ),
+        ("model.checkpoint=~no-such-user/x", "error: checkpoint='~no-such-user/x': the user '~no-such-user' does not exist"),
         ("model.checkpoint=/proc/self/mem", "error: /proc/self/mem is empty"),
         ("model.checkpoint=loop", "error: there is no file loop"),
-        (
-            "run.data_dir=~no-such-user/x",
-            "error: cifar100 cannot lie in ~no-such-user/x (Could not determine home",
-        ),
+        ("run.data_dir=~no-such-user/x", "error: data_dir='~no-such-user/x': the user '~no-such-user' does not exist"),
         ("run.data_dir=/proc/self/mem", "error: cifar100 cannot be written into /proc/self/mem"),
         ("run.data_dir=loop", "error: cifar100 cannot be written into loop"),
     ],

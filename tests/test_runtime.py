@@ -1,7 +1,9 @@
-"""What a process is set up with: a cache of programs that no kill can spoil, options that come and go, memory that stays."""
+"""The set-up of a process: a cache of programs that no kill can damage, compiler options, memory, fields left on "auto"."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +11,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import pytest
+
 from vit_jax import runtime
+from vit_jax.config import Model
+from vit_jax.models.variants import build
 
 ROOT = Path(__file__).parents[1]
-# Compiles two programs, says what of them was found and what was compiled, and does what is asked for in between.
+# Compiles two programs, prints how many were found and how many were compiled, and then executes the given code.
 SCRIPT = """
 import collections, json, os, signal, sys
 exec(os.environ.get("FIRST", ""))
@@ -22,71 +29,82 @@ runtime.prepare()
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
 print(jax.jit(lambda x: x * 3 + 1)(1.0), jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))[0, 0])
-own = jax.config.jax_compilation_cache_dir
-print(json.dumps({**events, "own": own}), flush=True)
+folder = jax.config.jax_compilation_cache_dir
+print(json.dumps({**events, "folder": folder}), flush=True)
 exec(sys.argv[1])
 """
 
 
+def command(then: str = "") -> list[str]:
+    return [sys.executable, "-W", "error", "-c", SCRIPT, then]
+
+
 def start(cache: Path, then: str = "", **environment) -> tuple[dict, subprocess.CompletedProcess]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, then]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**kept, "VIT_JAX_CACHE": str(cache), **environment}, capture_output=True, text=True
-    )
-    numbers, told = done.stdout.splitlines()
+    done = subprocess.run(command(then), cwd=ROOT, env=variables(cache, **environment), capture_output=True, text=True)
+    numbers, events = done.stdout.splitlines()
     assert numbers == "4.0 3.0"
-    return json.loads(told), done
+    return json.loads(events), done
 
 
-def entries(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.glob("programs/*/*-cache.*")}
+def variables(cache: Path, **environment) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    return {**kept, "VIT_JAX_CACHE": str(cache), **environment}
 
 
-def test_a_second_start_compiles_nothing(tmp_path):
-    first, done = start(tmp_path)
-    assert first["cache_misses"] >= 2 and done.returncode == 0 and done.stderr == ""
-    assert len(entries(tmp_path)) == first["cache_misses"]
-    second, done = start(tmp_path)
+def entries(cache: Path) -> dict[str, Path]:
+    return {path.name: path for path in cache.glob("programs/*/*")}
+
+
+def is_whole(entry: Path) -> bool:
+    content = entry.read_bytes()
+    return hashlib.sha256(content[32:]).digest() == content[:32]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A cache that one start filled; tests change copies of it."""
+    cache = tmp_path_factory.mktemp("warm")
+    first, done = start(cache)
+    assert done.returncode == 0 and done.stderr == "" and first["cache_misses"] == len(entries(cache)) >= 2
+    assert all(map(is_whole, entries(cache).values()))
+    return cache
+
+
+@pytest.fixture
+def cache(warm, tmp_path):
+    return shutil.copytree(warm, tmp_path / "cache")
+
+
+def test_second_start_compiles_nothing(cache):
+    second, done = start(cache)
     assert "cache_misses" not in second and second["cache_hits"] >= 2 and done.stderr == ""
-    assert not list(tmp_path.glob("programs/*/process-*"))  # both have tidied up
 
 
-def test_what_a_kill_cuts_short_is_never_seen(tmp_path):
-    # Killed while JAX writes an entry: its own folder holds a part of one.
-    half = "open(own + '/jit_half-0-cache', 'wb').write(b'a part'); os.kill(os.getpid(), signal.SIGKILL)"
-    first, done = start(tmp_path, half)
+def test_entry_cut_short_by_a_kill_is_never_read(cache):
+    """A process is killed while it writes an entry; the next start removes what it left."""
+    names = set(entries(cache))
+    half = "entry = runtime.whole_file(runtime.Path(folder) / 'jit_half-0'); file = entry.__enter__()"
+    _, done = start(cache, f"{half}; file.write(b'a part'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == -signal.SIGKILL
-    assert len(entries(tmp_path)) == first["cache_misses"] and not any("half" in name for name in entries(tmp_path))
-    (left,) = tmp_path.glob("programs/*/process-*")
-    second, done = start(tmp_path)
-    assert "cache_misses" not in second and done.stderr == ""
-    assert left.exists()  # it may be about to lock its folder
-    os.utime(left, (time.time() - 100,) * 2)
-    start(tmp_path)
-    assert not left.exists() and len(entries(tmp_path)) == first["cache_misses"]
+    (left,) = set(entries(cache)) - names
+    assert left.startswith(".jit_half-0.") and left.endswith(".tmp")
+    second, done = start(cache)
+    assert "cache_misses" not in second and done.stderr == "" and set(entries(cache)) == names
 
 
-def test_damaged_entries_are_replaced(tmp_path):
-    """Cut short, flipped, emptied, without a hash as an earlier version left them: the next start is silent and mends them."""
-    start(tmp_path)
-    paths, whole = sorted(tmp_path.glob("programs/*/*-cache.*")), entries(tmp_path)
-    for number, path in enumerate(paths):
+def test_damaged_entries_are_replaced(cache):
+    """Entries with a flipped bit, cut short and empty: the next start logs nothing and writes them again."""
+    found = entries(cache)
+    for number, path in enumerate(found.values()):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1 << number % 8
         path.write_bytes([data, data[: len(data) // 2], b""][number % 3])
-    (paths[0].parent / paths[0].name.rpartition(".")[0]).write_bytes(b"a part")
-    second, done = start(tmp_path)
-    assert done.stderr == "" and second["cache_misses"] == len(paths)
-    assert not list(tmp_path.glob("programs/*/*-cache"))
-    third, done = start(tmp_path)
-    assert done.stderr == "" and "cache_misses" not in third
-    found = entries(tmp_path)
-    assert {name.rpartition(".")[0] for name in found} == {name.rpartition(".")[0] for name in whole}
-    assert all(runtime._hash(data) == name.rpartition(".")[2] for name, data in found.items())
+    second, done = start(cache)
+    assert done.stderr == "" and second["cache_misses"] == len(found)
+    assert set(entries(cache)) == set(found) and all(map(is_whole, entries(cache).values()))
 
 
-def test_entries_cut_short_by_a_full_disk_are_not_shared(tmp_path):
+def test_full_disk_is_one_warning_and_leaves_no_entry(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"  # a write past it is cut, then fails
     first, done = start(tmp_path, FIRST=limit)
     assert first["cache_misses"] >= 2 and entries(tmp_path) == {}
@@ -95,63 +113,102 @@ def test_entries_cut_short_by_a_full_disk_are_not_shared(tmp_path):
     assert done.stderr == "" and len(entries(tmp_path)) == first["cache_misses"]
 
 
-def test_checking_an_entry_is_no_use_of_it(tmp_path):
-    (tmp_path / "entry").write_bytes(b"program")
-    os.utime(tmp_path / "entry", (1, 1))
-    assert runtime._read(tmp_path / "entry") == b"program" and (tmp_path / "entry").stat().st_atime == 1
+def test_processes_at_once_share_a_cache(tmp_path):
+    """Three processes compile the same programs into an empty cache."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command(), cwd=ROOT, env=variables(tmp_path), **pipes) for _ in range(3)]
+    for process in processes:
+        out, error = process.communicate()
+        assert process.returncode == 0 and error == "" and out.startswith("4.0 3.0\n")
+    assert len(entries(tmp_path)) >= 2 and all(map(is_whole, entries(tmp_path).values()))
+    assert "cache_misses" not in start(tmp_path)[0]
 
 
-def test_a_living_process_keeps_its_folder(tmp_path):
-    second = f"subprocess.run([sys.executable, '-c', {SCRIPT!r}, ''], check=True, stdout=subprocess.DEVNULL)"
-    then = f"import subprocess; os.utime(own, (0, 0)); {second}; sys.exit(0 if os.path.isdir(own) else 3)"
-    assert start(tmp_path, then)[1].returncode == 0
+def test_read_only_cache_is_read_and_one_warning(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    cache = runtime._ProgramCache(tmp_path)
+    cache.put("a", b"program")
+    runtime._warn_of_cache.cache_clear()
+    monkeypatch.setattr(runtime, "whole_file", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    for key in "bcd":
+        cache.put(key, b"program")
+    assert cache.get("a") == b"program" and cache.get("b") is None
+    (message,) = caplog.messages
+    assert message == "programs are compiled at every start because their cache cannot be written (Permission denied)"
 
 
-def test_programs_nobody_asks_for_go(tmp_path):
-    start(tmp_path)
-    old, *others = tmp_path.glob("programs/*/*-cache.*")
-    os.utime(old, (time.time() - 40 * 24 * 3600,) * 2)
-    again, _ = start(tmp_path)
-    assert again["cache_misses"] == 1 and again["cache_hits"] >= len(others) - 1
+def test_programs_unused_for_30_days_are_removed(tmp_path):
+    cache = runtime._ProgramCache(tmp_path)
+    for key in ("old", "used", "kept"):
+        cache.put(key, b"program")
+        days = {"old": 40, "used": 40, "kept": 20}[key]
+        os.utime(tmp_path / key, (time.time() - days * 24 * 3600,) * 2)
+    assert cache.get("used") == b"program"  # a use counts anew
+    runtime._ProgramCache(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["kept", "used"]
 
 
-def test_whoever_chose_a_cache_has_chosen(tmp_path):
-    told, _ = start(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
-    assert told["own"] == str(tmp_path / "theirs") and not (tmp_path / "ours").exists()
-    told, _ = start(tmp_path / "ours", JAX_ENABLE_COMPILATION_CACHE="false")
-    assert told["own"] is None and not (tmp_path / "ours").exists()
+def test_user_cache_setting_is_respected(tmp_path):
+    found, _ = start(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
+    assert found["folder"] == str(tmp_path / "theirs") and not (tmp_path / "ours").exists()
+    found, _ = start(tmp_path / "ours", JAX_ENABLE_COMPILATION_CACHE="false")
+    assert found["folder"] is None and not (tmp_path / "ours").exists()
 
 
-def test_without_a_place_for_it_there_is_none(tmp_path):
+def test_cache_that_cannot_be_made_is_one_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    told, done = start(tmp_path / "file")
-    assert told["own"] is None and done.returncode == 0
+    found, done = start(tmp_path / "file")
+    assert found["folder"] is None and done.returncode == 0 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("programs are compiled at every start because their cache cannot be written")
 
 
-def test_a_file_system_without_links(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    (tmp_path / "a").write_bytes(b"program")
-    runtime._share(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"program" and len(list(tmp_path.iterdir())) == 2
-
-
-def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
     runtime.compiler_options.cache_clear()
     assert runtime.compiler_options() == runtime._CPU_OPTIONS
     runtime.compiler_options.cache_clear()
-    monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_of_another_day": ""})
+    monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_unknown_option": ""})
     assert runtime.compiler_options() is None
     runtime.compiler_options.cache_clear()
 
 
-def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
-    asked = []
-    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
-    runtime._keep_memory()
-    assert asked == [(-4, 0), (-1, 2**31 - 1)]  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+def test_freed_memory_is_kept_if_the_library_can(monkeypatch):
+    calls = []
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: calls.append(option)))
+    runtime._keep_freed_memory()
+    assert calls == [(-4, 0), (-1, 2**31 - 1)]  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace())  # another C library
-    runtime._keep_memory()
+    runtime._keep_freed_memory()
+
+
+def resolved(**fields) -> tuple[str, str]:
+    found = runtime.resolve_auto(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), 5)
+    return found.dtype, found.attention
+
+
+def test_auto_is_resolved_by_the_device(monkeypatch, caplog):
+    assert resolved() == ("float32", "xla")
+    assert resolved(dtype="bfloat16") == ("bfloat16", "xla")
+    with pytest.raises(runtime.ConfigError, match=r"model\.attention = 'cudnn' needs an NVIDIA GPU, and JAX runs on the cpu"):
+        resolved(attention="cudnn")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # The tests have no cuDNN, so its trial really fails.
+    assert resolved() == ("bfloat16", "xla")
+    (message,) = caplog.messages
+    assert message.startswith("attention is computed by XLA because cuDNN's does not work here (")
+    caplog.clear()
+    for fields in (dict(dtype="float32"), dict(attention_dropout=0.1), dict(attention="xla")):
+        assert resolved(**fields)[1] == "xla"
+    assert resolved(attention="cudnn") == ("bfloat16", "cudnn") and not caplog.messages
+
+
+def test_auto_takes_cudnn_only_if_its_numbers_agree(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    xla = runtime.dot_product_attention
+    monkeypatch.setattr(runtime, "dot_product_attention", lambda *a, implementation, **k: xla(*a, implementation="xla", **k))
+    assert resolved() == ("bfloat16", "cudnn")
+    wrong = lambda *a, implementation, **k: xla(*a, implementation="xla", **k) * (1 if implementation == "xla" else 1.5)  # noqa: E731
+    monkeypatch.setattr(runtime, "dot_product_attention", wrong)
+    assert resolved() == ("bfloat16", "xla") and "its numbers differ from XLA's" in caplog.text

@@ -1,7 +1,7 @@
-"""What all command lines share: how they answer signals, errors, full disks and closed pipes. Imports nothing slow.
+"""What all command lines share: the handling of signals, errors, full disks and closed pipes. It imports nothing slow.
 
-An entry point imports this module first, calls `run`, and imports JAX inside the function that it hands over: a signal that
-arrives while libraries are imported then ends the process at once, instead of being lost in their code.
+An entry point imports this module first, calls `run`, and imports JAX inside the function that it passes: a signal during the
+imports then ends the process at once. Otherwise the code of a library could catch it.
 """
 
 import atexit
@@ -17,20 +17,20 @@ from typing import Any, NoReturn
 
 from vit_jax.errors import UserError, printable, reason
 
-# What a scheduler expects of a process that a signal ended (128 + its number), and what the user reads.
+# The exit status is 128 + the signal's number, which schedulers expect; the user reads the word.
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` as a whole process: `main` returns the exit status, and this function does not return."""
+    """Runs `main`, which returns the exit status, as the whole process; this function does not return."""
     prepare_streams()
     for number in _SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and shells that start background jobs set it
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` and shells ignore signals for background jobs
             signal.signal(number, _exit_on_signal)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         status = main()
-    except SystemExit as error:  # of argparse, or of sys.exit with a message
+    except SystemExit as error:  # from argparse, or from sys.exit with a message
         if not isinstance(error.code, int | None):
             print(error.code, file=sys.stderr)
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -41,14 +41,14 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def call(function: Callable[[], int], advice: str = "") -> int:
-    """Calls `function`, which returns an exit status; errors that a user can fix become one line and a status.
+    """Calls `function`, which returns an exit status; turns errors that a user can fix into one line and a status.
 
     Args:
-      function: the body of a command line.
+      function: the work of a command line.
       advice: what to do when the device has too little memory.
 
     Returns:
-      What `function` returns; 1 after an error, 130 after Ctrl-C, 0 where the reader of the output closed the pipe.
+      The result of `function`; 1 after an error, 130 after Ctrl-C, 0 if the reader of the output closed the pipe.
     """
     try:
         return function()
@@ -58,7 +58,7 @@ def call(function: Callable[[], int], advice: str = "") -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # the machine's: no permission, a full disk
+    except OSError as error:  # such as no permission or a full disk
         return fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
     except MemoryError:
         return fail(f"the machine has too little memory{advice and ': '}{advice}")
@@ -66,7 +66,7 @@ def call(function: Callable[[], int], advice: str = "") -> int:
         print(_SIGNALS[signal.SIGINT], file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        # JAX is not imported here: its error is known by its name.
+        # JAX is not imported here, so its error is recognised by name.
         if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
             return fail(f"the device has too little memory{advice and ': '}{advice}")
         raise
@@ -79,8 +79,8 @@ def fail(message: object) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process without waiting for threads of libraries, which may wait for a disk or a server for minutes."""
-    atexit._run_exitfuncs()  # what os._exit leaves out and a normal end would do first
+    """Ends the process without waiting for threads of libraries, which may need minutes for a disk or a server."""
+    atexit._run_exitfuncs()  # os._exit does not call them, a normal end does
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -88,11 +88,11 @@ def leave(status: int) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """Makes standard output and error take any text, and standard error take it also when it is closed or full."""
+    """Makes standard output and error accept any text; standard error also when it is closed or full."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: else the next file that is opened would receive what libraries write to the descriptor
+        except OSError:  # closed: the next opened file would get this descriptor, and the text that libraries write to it
             os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY)
     for name, kind, descriptor in (("stdout", _Output, 1), ("stderr", _Errors, 2)):
         stream = _rewrap(getattr(sys, name), kind, descriptor)
@@ -103,9 +103,9 @@ def prepare_streams() -> None:
 def _rewrap(stream: Any, kind: type[io.TextIOWrapper], descriptor: int) -> Any:
     if stream is None:
         stream = kind(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
-    elif type(stream) is io.TextIOWrapper:  # not what a test puts in its place
+    elif type(stream) is io.TextIOWrapper:  # not the replacement of a test
         encoding, by_line, at_once = stream.encoding, stream.line_buffering or descriptor == 2, stream.write_through
-        # A terminal may know only ASCII.
+        # A terminal may accept only ASCII.
         stream = kind(stream.detach(), encoding, "backslashreplace", line_buffering=by_line, write_through=at_once)
     return stream
 
@@ -127,7 +127,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Errors(io.TextIOWrapper):
-    """Standard error that goes to the null device once it cannot be written: answers matter more than what is said of them."""
+    """Standard error that goes to the null device if it cannot be written: the results matter more than the messages."""
 
     def write(self, text: str) -> int:
         try:
@@ -153,5 +153,5 @@ def _flush_stdout() -> int:
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:
     with contextlib.suppress(OSError):
-        os.write(2, f"{_SIGNALS[signal.Signals(number)]}\n".encode())  # print may be what the signal interrupted
+        os.write(2, f"{_SIGNALS[signal.Signals(number)]}\n".encode())  # the signal may have interrupted a print
     os._exit(128 + number)

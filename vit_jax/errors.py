@@ -1,17 +1,17 @@
-"""Errors that a user can fix, and how text from outside is shown. The lowest room: it imports only the standard library."""
+"""Errors that a user can fix, and text from outside as one printable line. It imports only the standard library."""
 
 import re
 
 
 class UserError(Exception):
-    """An error that its reader can fix: one line that names what failed, the value found and what to do.
+    """An error that the user can fix: one line that says what failed, the value found and what to do.
 
-    A command line prints it without a traceback. Every kind below also keeps its built-in base class.
+    A command line prints it without a traceback. The subclasses also have the built-in class that fits, such as ValueError.
     """
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that no run can follow: the field, its value, and what is allowed."""
+    """A configuration that cannot be used: the field, its value, and what is allowed."""
 
 
 class CheckpointError(UserError, ValueError):
@@ -23,11 +23,11 @@ class DataError(UserError, ValueError):
 
 
 class ImageError(UserError, ValueError):
-    """An image that cannot be used; the message names it."""
+    """An image that cannot be used: its name, what was expected, and what was found."""
 
 
 class ReportError(UserError, ValueError):
-    """A page that cannot be made from the given folders or options."""
+    """A report that cannot be made from the given folders or options."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -39,10 +39,10 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u
 
 
 def printable(text: object, limit: int = 1000) -> str:
-    """Text from a file, a server or a user as one line that changes nothing on a terminal or a page.
+    """Returns text from a file, a server or a user as one line that is safe to print on a terminal or a page.
 
-    Control characters, bidirectional marks and lone surrogates appear as escapes (`\\x1b`, `\\u202e`). Text of more than
-    `limit` characters is cut and ends with "…".
+    Control characters, bidirectional marks and lone surrogates become escapes (`\\x1b`, `\\u202e`). Text of more than `limit`
+    characters is cut and ends with "…".
     """
     shown = str(text)
     shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
@@ -50,13 +50,13 @@ def printable(text: object, limit: int = 1000) -> str:
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """Why an operation failed, in one line: the system's words, else the message, else the name of the exception's type."""
+    """Returns why an operation failed, in one line: the system's message, else the exception's, else the name of its type."""
     words = " ".join(str(getattr(error, "strerror", None) or error).split())
     return printable(words or type(error).__name__, limit)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception that a chain of exceptions began with."""
+    """Returns the first exception of a chain of exceptions."""
     for _ in range(20):  # a chain may contain itself
         inner = error.__cause__ or error.__context__
         if inner is None:

@@ -1,4 +1,4 @@
-"""One HTTP download for checkpoints, data sets and images: resumable, checked, bounded in bytes and in time."""
+"""HTTP downloads of checkpoints, data sets and images: resumable, checked, bounded in bytes and in time."""
 
 import json
 import logging
@@ -11,34 +11,37 @@ from typing import Any
 
 from vit_jax.errors import UserError, printable
 from vit_jax.files import locked, sha256
-from vit_jax.transfer import Answer, Broken, Refused, Unreachable, content_length, least_bytes, opened
+from vit_jax.transfer import Answer, Broken, Refused, Unreachable, content_length, min_bytes, open_url
 
-__all__ = ["MOST", "Refused", "Unreachable", "download", "read"]
+__all__ = ["MAX_BYTES", "Refused", "Unreachable", "download", "read"]
 
 _log = logging.getLogger("vit_jax")
 
-_PAUSES = (1.0, 2.0, 4.0)  # seconds before another request; one that brought a window's least starts the count again
-_RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that may be another in a moment
-MOST = 2**34  # bytes, when the caller knows no better bound
+_PAUSES = (1.0, 2.0, 4.0)  # seconds before each retry; a retry that brings `min_bytes` starts the count again
+_RETRIED = (408, 429, 500, 502, 503, 504)  # temporary failures of a server
+MAX_BYTES = 2**34  # if the caller knows no lower limit
 
 
 def download(
     address: str,
     target: Path,
     size: int | None = None,
-    most: int = MOST,
+    most: int = MAX_BYTES,
     check: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Downloads `address` to `target`, which appears when it is whole and checked; one process at a time.
+    """Downloads `address` to `target`, which appears when it is complete and checked; one process at a time.
 
-    What has arrived lies in a hidden file next to the target, from which a later call continues.
+    The received bytes are in a hidden file next to the target, and a later call continues an interrupted download.
 
     Args:
       address: http:// or https://.
-      target: where the file belongs. An existing file is checked and returned.
-      size: of the file in bytes, if it is known.
-      most: the most bytes that are accepted if the size is not known.
-      check: raises a UserError if a path does not hold the wanted file.
+      target: path of the file. An existing file is checked and returned.
+      size: of the file in bytes, if known.
+      most: the largest size in bytes that is accepted if `size` is not known.
+      check: raises a UserError if the file at a path is not the wanted one.
+
+    Returns:
+      `target`.
 
     Raises:
       Refused: if the server does not give the file; Unreachable if there is no connection.
@@ -56,7 +59,7 @@ def download(
             check(path)
         except UserError as error:
             if path is part:
-                part.unlink()  # else the next try would continue from it
+                part.unlink()  # otherwise the next call would continue it
             raise Refused(f"not that file: {str(error).replace(str(path), 'it')}") from None
         if path is part:
             with open(part, "rb") as file:
@@ -67,19 +70,24 @@ def download(
 
 
 def read(address: str, most: int, seconds: float) -> tuple[bytes, str]:
-    """The bytes at an http(s) address and their media type, such as "image/png"; at most `most` bytes within `seconds`.
+    """Returns the bytes at an http(s) address and their media type, such as "image/png".
+
+    Args:
+      address: http:// or https://.
+      most: the largest size in bytes that is accepted.
+      seconds: limit for the whole transfer.
 
     Raises:
       Refused: if the server does not give them; Unreachable if there is no connection.
     """
     content = bytearray()
     try:
-        with opened(address, {}, seconds) as (answer, chunks):
+        with open_url(address, {}, seconds) as (answer, chunks):
             if answer.status != 200:
-                raise Refused(answer.words)
+                raise Refused(answer.status_line)
             total = content_length(answer, address)
             if total is not None and total > most:
-                raise Refused(f"{total:,} bytes, at most {most:,} are read")
+                raise Refused(f"{total:,} bytes, expected at most {most:,}")
             for chunk in chunks:
                 content += chunk
                 if len(content) > most:
@@ -92,7 +100,7 @@ def read(address: str, most: int, seconds: float) -> tuple[bytes, str]:
 
 
 def _receive(address: str, part: Path, size: int | None, most: int, title: str) -> None:
-    """Brings a file to `part`, continuing what an earlier try left, with further requests while they bring something."""
+    """Downloads a file to `part`, continuing an earlier download; retries as long as requests bring bytes."""
     state = _read_state(part)
     if state.get("address") != address or _size_of(part) > (state["total"] or 0):
         part.unlink(missing_ok=True)
@@ -103,7 +111,7 @@ def _receive(address: str, part: Path, size: int | None, most: int, title: str) 
             return
         except Broken as error:
             there = _size_of(part)
-            if there - best >= least_bytes():
+            if there - best >= min_bytes():
                 best, tries = there, 0
             if tries == len(_PAUSES):
                 raise Refused(str(error)) from None
@@ -113,14 +121,14 @@ def _receive(address: str, part: Path, size: int | None, most: int, title: str) 
 
 
 def _request(address: str, part: Path, size: int | None, most: int, title: str) -> None:
-    """One request, for what is missing of `part`."""
+    """Makes one request for the missing bytes of `part`."""
     there, state = _size_of(part), _read_state(part)
     if there and there == state["total"]:
-        return  # an earlier process ended between the last byte and the rename
+        return  # an earlier process ended after the last byte and before the rename
     headers = {}
     if there and state["validator"] and state["total"]:
         headers = {"Range": f"bytes={there}-", "If-Range": state["validator"]}
-    with opened(address, headers, None) as (answer, chunks):
+    with open_url(address, headers, None) as (answer, chunks):
         if not (headers and answer.status == 206):
             if answer.status != 200:
                 _refuse(answer, part, bool(headers))
@@ -148,28 +156,28 @@ def _request(address: str, part: Path, size: int | None, most: int, title: str) 
 
 
 def _refuse(answer: Answer, part: Path, ranged: bool) -> None:
-    """Raises what an answer without the file means."""
+    """Raises the error for an answer without the file."""
     if answer.status == 416 and ranged:
         part.unlink()
-        raise Broken(answer.words)
+        raise Broken(answer.status_line)
     if answer.status in (206, 416):
-        raise Refused(f"{answer.words}, although no range was asked for")
+        raise Refused(f"{answer.status_line}, although no range was asked for")
     if answer.status in _RETRIED:
-        raise Broken(answer.words)
-    raise Refused(answer.words)
+        raise Broken(answer.status_line)
+    raise Refused(answer.status_line)
 
 
 def _check_range(answer: Answer, part: Path, there: int, total: int) -> None:
-    """Raises Broken, and drops the part, unless the answer continues it."""
+    """Raises Broken and removes the part, unless the answer continues it."""
     found = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", answer.headers.get("Content-Range", ""))
     if not found or int(found[1]) != there or int(found[3]) != total:
         part.unlink()
-        raise Broken(f"{answer.words} with another range than asked for")
+        raise Broken(f"{answer.status_line} with a range that was not asked for")
 
 
 def _start(address: str, part: Path, answer: Answer, total: int | None) -> None:
-    """Begins a part anew and notes where it comes from, and by what its server knows that the file is still the same."""
-    part.unlink(missing_ok=True)  # before the state changes: old bytes never lie under a new validator
+    """Starts an empty part and writes down its address, and the validator by which the server knows an unchanged file."""
+    part.unlink(missing_ok=True)  # first, so that old bytes never have a new validator
     etag = answer.headers.get("ETag", "")
     validator = etag if etag.startswith('"') else answer.headers.get("Last-Modified")
     state = {"address": address, "validator": validator, "total": total, "sha256": answer.digest}
@@ -181,7 +189,7 @@ def _state_of(part: Path) -> Path:
 
 
 def _read_state(part: Path) -> dict[str, Any]:
-    """What `_start` noted; without an address if there is no such file or it is damaged."""
+    """Returns what `_start` wrote; without an address if the file is missing or damaged."""
     try:
         state = json.loads(_state_of(part).read_text())
         total = state["total"]
@@ -197,11 +205,11 @@ def _size_of(part: Path) -> int:
 
 
 def _bar(title: str, total: int | None, there: int) -> Any:
-    """A progress bar in MB; none if standard error is no terminal."""
+    """Returns a progress bar in MB, which is shown only if standard error is a terminal."""
     from tqdm import tqdm
 
-    whole = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MB [{elapsed}<{remaining}, {rate_fmt}]"
-    shape = whole if total else "{desc}: {n:.1f} MB [{elapsed}, {rate_fmt}]"
+    known = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MB [{elapsed}<{remaining}, {rate_fmt}]"
+    layout = known if total else "{desc}: {n:.1f} MB [{elapsed}, {rate_fmt}]"
     return tqdm(
-        total=total and total / 1e6, initial=there / 1e6, desc=printable(title), unit="MB", bar_format=shape, disable=None
+        total=total and total / 1e6, initial=there / 1e6, desc=printable(title), unit="MB", bar_format=layout, disable=None
     )

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks between processes, hashes, and the cache folder."""
+"""Atomic files and folders, locks between processes, hashes, and the cache folder."""
 
 import contextlib
 import fcntl
@@ -18,12 +18,12 @@ _SCRATCH = re.compile(r"\.(.+)\.\d+(?:-[0-9a-f]{8})?\.tmp")  # ".NAME.PROCESS-RA
 
 
 def _with_name(path: Path, error: OSError) -> OSError:
-    """The error with the name of the file that was to be written instead of the name of its scratch file."""
+    """Returns the error with the name of the final file instead of its scratch file."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def _flock(descriptor: int) -> bool:
-    """Whether this process now holds the lock; True also where the file system has no locks."""
+    """Takes the lock; returns False if another process holds it. True also if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -34,9 +34,9 @@ def _flock(descriptor: int) -> bool:
 
 
 def remove_scratch(folder: Path, name: str = "") -> None:
-    """Removes the scratch files and folders that killed processes left in `folder`; only those for `name` if it is given.
+    """Removes the scratch files and folders that killed processes left in `folder`; with `name`, only those of that file.
 
-    A process that still writes holds a lock on its scratch file or folder, which is then left in place.
+    A running process holds a lock on its scratch file or folder, which is not removed.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -57,14 +57,14 @@ def remove_scratch(folder: Path, name: str = "") -> None:
 
 
 def _make_scratch(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """The scratch place for `path` and its locked descriptor, from `make`, which creates it and opens it."""
+    """Returns a scratch path for `path` and its locked descriptor; `make` creates the file or folder and opens it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_scratch(path.parent, path.name)
     while True:
         scratch = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         descriptor = make(scratch)
         _flock(descriptor)
-        if scratch.exists():  # else another process removed it before it was locked
+        if scratch.exists():  # otherwise another process removed it before it was locked
             return scratch, descriptor
         os.close(descriptor)
 
@@ -82,7 +82,7 @@ def _make_folder(path: Path) -> int:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` when the block ends without an error.
 
-    What was at `path` before stays until then. Scratch files of killed processes for the same path are removed first.
+    Until then the old file stays. Scratch files of killed processes for the same path are removed first.
 
     Raises:
       OSError: if the file cannot be written; it names `path`.
@@ -105,14 +105,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Makes an empty folder to fill that becomes `path` when the block ends without an error.
+    """Creates an empty folder that becomes `path` when the block ends without an error.
 
     Raises:
       FileExistsError: if something other than an empty folder is at `path`.
       OSError: if the folder cannot be written; it names `path`.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(17, "it exists already; name another folder or remove it", str(path))
+        raise FileExistsError(17, "it exists already; give another folder or remove it", str(path))
     scratch = descriptor = None
     try:
         scratch, descriptor = _make_scratch(path, _make_folder)
@@ -132,10 +132,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, purpose: str) -> Iterator[None]:
-    """Holds a lock between processes on the file `path`, which the system releases when the process ends, however it ends.
+    """Holds a lock between processes on the file `path`; the system releases it when the process ends, also by a kill.
 
-    Waits for a process that holds it, and logs that with `purpose`, such as "downloads ViT-B_16.npz". The file stays:
-    were it removed, a process that waits for it and one that comes later would lock two different files.
+    If another process holds the lock, this is logged with `purpose`, such as "downloads ViT-B_16.npz", and the block starts
+    when that process releases it. The file is not removed: a process that waits for the removed file and a later process
+    would lock two different files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -146,16 +147,16 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def expand_user(path: str | os.PathLike, name: str) -> Path:
-    """The path with `~` and `~user` replaced by the home directory.
+    """Returns the path with `~` or `~user` replaced by the home directory.
 
     Raises:
-      UserError: if there is no such user; the message begins with `name`, the field or variable that holds the path.
+      UserError: if the user does not exist; the message begins with `name`, the field or variable with the path.
     """
     try:
         return Path(path).expanduser()
@@ -165,7 +166,7 @@ def expand_user(path: str | os.PathLike, name: str) -> Path:
 
 
 def cache_root() -> Path:
-    """The cache folder: $VIT_JAX_CACHE, else `vit_jax` in $XDG_CACHE_HOME, else `~/.cache/vit_jax`.
+    """Returns the cache folder: $VIT_JAX_CACHE, else `vit_jax` in $XDG_CACHE_HOME, else `~/.cache/vit_jax`.
 
     Raises:
       UserError: if the variable names the home of a user who does not exist.

@@ -1,20 +1,15 @@
-"""What a process is set up with before its first computation: its memory, the compiler's options, a cache of programs."""
+"""How a process is set up for JAX: memory, compiler options, a cache of compiled programs; and the fields left on "auto"."""
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
 import shutil
-import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +19,13 @@ import numpy as np
 
 from vit_jax.config import AUTO, Model
 from vit_jax.errors import ConfigError, reason
-from vit_jax.files import cache_root, whole_file
+from vit_jax.files import cache_root, remove_scratch, whole_file
 from vit_jax.models.layers import dot_product_attention
 from vit_jax.models.vit import VisionTransformer
 
 _log = logging.getLogger("vit_jax")
-_ENTRY = "*-cache"  # what JAX calls an entry of its cache
-_SHARED = "*-cache.*"  # an entry that is shared between processes; its name ends with the hash of its bytes
-_DAYS = 30  # after which an unused program is removed
-_NO_CACHE = "programs are compiled at every start because their cache cannot be written (%s)"
+_DAYS = 30  # after which an unused program is removed from the cache
+_DIGEST = 32  # bytes of the SHA-256 at the beginning of an entry
 _CPU_OPTIONS: dict[str, Any] = {
     # XLA's newer matrix library is slower than its older one at a ViT's sizes: docs/performance.md has the figures.
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -41,180 +34,133 @@ _CPU_OPTIONS: dict[str, Any] = {
 
 @functools.cache
 def prepare() -> None:
-    """Sets the process up, once, whoever asks first; to be called before JAX has touched a device."""
+    """Sets up the process for JAX: how freed memory is kept on the CPU, and the cache of compiled programs.
+
+    This changes the state of the process and of JAX, so only entry points call it, before JAX uses a device; a notebook may
+    call it too. Later calls do nothing. A cache that the user configured (JAX_COMPILATION_CACHE_DIR), or that the user
+    switched off (JAX_ENABLE_COMPILATION_CACHE=false), stays as it is. Without a cache, which is logged, all else works.
+
+    Raises:
+      UserError: if VIT_JAX_CACHE or XDG_CACHE_HOME names the home of a user who does not exist.
+    """
     if not has_nvidia_driver():
-        _keep_memory()
-    # Whoever has chosen a cache, or none, has chosen.
+        _keep_freed_memory()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         try:
-            _cache_programs(cache_root() / "programs" / _machine())
-        except (OSError, RuntimeError) as error:
-            _log.warning(_NO_CACHE, reason(error))
+            _use_cache(cache_root() / "programs" / _processor())
+        except OSError as error:
+            _warn_of_cache(reason(error))
 
 
 def has_nvidia_driver() -> bool:
-    """Whether a GPU of NVIDIA's stands by, used or not."""
+    """Whether this machine has a driver of NVIDIA's, and so probably a GPU, which JAX may use or not."""
     return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
 
 
 @functools.cache
 def compiler_options() -> dict[str, Any] | None:
-    """What jax.jit is to hand to the compiler on this machine; None where this jaxlib knows none of it."""
+    """The `compiler_options` of jax.jit on this machine; None if there are none or the installed jaxlib does not know them."""
     if jax.default_backend() != "cpu":
         return None
     try:
         jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # experimental options come and go
+    except jax.errors.JaxRuntimeError:  # an experimental option that this jaxlib does not have
         return None
     return _CPU_OPTIONS
 
 
-def _keep_memory() -> None:
-    """Has the C library keep what is freed, and XLA ask for it on the thread that calls.
+def _keep_freed_memory() -> None:
+    """Lets the C library keep freed memory, and XLA allocate on the calling thread.
 
     XLA allocates a program's buffers at every call. By glibc's defaults they are mapped and unmapped each time, and the
-    kernel's clearing of their pages takes a tenth of a small model's training step; a thread of XLA's own, where programs
-    would run unless told otherwise, has an arena whose large blocks are always mapped. The host is the device here: it could
-    do nothing else meanwhile.
+    kernel clears their pages, which takes a tenth of a small model's training step. Programs run on a thread of XLA's by
+    default, and large blocks of that thread are always mapped. So programs run on the calling thread, which costs nothing
+    because the host is the device and could do nothing else meanwhile.
     """
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         library = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
             library.mallopt(option, value)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _machine() -> str:
-    """A name for processors that can run each other's programs, for a home may be shared by several."""
+def _processor() -> str:
+    """A name shared by processors that can run each other's programs; several machines may share a home directory."""
     flags = ""
     with contextlib.suppress(OSError):
         flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     return hashlib.sha256(f"{platform.machine()} {flags or platform.processor()}".encode()).hexdigest()[:12]
 
 
-def _cache_programs(shared: Path) -> None:
-    """JAX's persistent compilation cache in `shared`, where every entry is whole.
+class _ProgramCache:
+    """A folder of compiled programs for JAX's persistent compilation cache, which every process may use at any time.
 
-    JAX writes entries in place, and neither checks, replaces nor removes one that a kill or a full disk cut short. So JAX
-    is given a folder that only this process uses. It begins with links to the shared entries whose bytes have the hash in
-    their name; others are removed, so that they are compiled and shared again. What JAX adds is shared once it is whole. The
-    next start removes the folders of killed processes.
+    JAX's own class writes entries in place, and a kill or a full disk leaves a part of an entry that JAX neither detects,
+    replaces nor removes. Here an entry appears when it is whole. It begins with the SHA-256 of the program; an entry with
+    another hash is removed, so that the program is compiled and saved again.
     """
-    shared.mkdir(parents=True, exist_ok=True)
-    _remove_old(shared)
-    own = Path(tempfile.mkdtemp(prefix="process-", dir=shared))
-    lock = open(own / "lock", "a")  # noqa: SIM115 (a lock lives as long as its file is open)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    atexit.register(lock.close)
-    done: dict[str, int] = {}  # the size of each entry in `own` that needs no further look
-    cut: dict[str, int] = {}  # the size of each that was not whole when it was looked at
-    for entry in shared.glob(_SHARED):
-        name, _, expected = entry.name.rpartition(".")
-        with contextlib.suppress(OSError):
-            if _hash(_read(entry)) != expected:
-                entry.unlink(missing_ok=True)
-                continue
-            _share(entry, own / name)
-            done[name] = entry.stat().st_size
 
-    def publish(event: str, *_: Any, **__: Any) -> None:
-        if event != "/jax/core/compile/backend_compile_duration":  # ends when the entry is written
-            return
-        for entry in own.glob(_ENTRY):
-            try:
-                size = entry.stat().st_size
-                if done.get(entry.name) == size:
-                    continue
-                if _publish(entry, shared):
-                    done[entry.name] = size
-                elif cut.get(entry.name) != size:
-                    cut[entry.name] = size  # another thread may still be writing it: looked at again after the next program
-                else:
-                    done[entry.name] = size
-                    _warn_once("an entry was cut short")
-            except OSError as error:  # the cache is a convenience
-                _warn_once(reason(error))
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder  # the name under which JAX logs it
+        remove_scratch(folder)
+        for entry in folder.iterdir():
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > _DAYS * 24 * 3600:
+                    entry.unlink()
 
-    jax.monitoring.register_event_duration_secs_listener(publish)
-    # JAX warns of every program that it cannot write; `_warn_once` says it once.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
-    jax.config.update("jax_compilation_cache_dir", str(own))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all of a start's small programs take seconds
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their folder's name would be part of every key
+    def get(self, key: str) -> bytes | None:
+        """The program with this key, or None."""
+        entry = self._path / key
+        with contextlib.suppress(OSError):  # usually that there is no such entry
+            content = entry.read_bytes()
+            program = content[_DIGEST:]
+            if hashlib.sha256(program).digest() == content[:_DIGEST]:
+                with contextlib.suppress(OSError):  # a cache that this process may only read
+                    os.utime(entry)
+                return program
+            entry.unlink()
+        return None
 
-
-def _remove_old(shared: Path) -> None:
-    """Removes entries that are unused for long or that have no hash, and the folders of killed processes."""
-    for entry in [*shared.glob(_ENTRY), *shared.glob(_SHARED)]:
-        with contextlib.suppress(OSError):
-            used = max(entry.stat().st_atime, entry.stat().st_mtime)
-            if entry.match(_ENTRY) or time.time() - used > _DAYS * 24 * 3600:
-                entry.unlink()
-    for left in shared.glob("process-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime < 60:  # its process may be about to lock it
-                continue
-            with open(left / "lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as its process lives
-                shutil.rmtree(left)
-
-
-def _publish(entry: Path, shared: Path) -> bool:
-    """Shares an entry that JAX has written if it is whole; returns whether it is."""
-    data = _read(entry)
-    try:
-        from jax._src.compilation_cache import decompress_executable  # JAX chooses among zlib and two modules for zstd
-
-        decompress_executable(data)
-    except Exception:  # each of them has its own
-        return False
-    with open(entry, "rb") as file:
-        os.fsync(file.fileno())
-    _share(entry, shared / f"{entry.name}.{_hash(data)}")
-    return True
-
-
-def _read(path: Path) -> bytes:
-    """A file's bytes, read without renewing its time of access, by which unused entries are known."""
-
-    def opener(name: str, flags: int) -> int:
+    def put(self, key: str, program: bytes) -> None:
+        """Saves a program; an error is logged once, because programs work without a cache."""
         try:
-            return os.open(name, flags | getattr(os, "O_NOATIME", 0))
-        except PermissionError:  # it is another user's
-            return os.open(name, flags)
-
-    with open(path, "rb", opener=opener) as file:
-        return file.read()
+            with whole_file(self._path / key) as file:
+                file.write(hashlib.sha256(program).digest() + program)
+        except OSError as error:
+            _warn_of_cache(reason(error))
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
+def _use_cache(folder: Path) -> None:
+    """Makes JAX read and write compiled programs in `folder`."""
+    from jax._src import compilation_cache  # JAX has no public function that takes a cache
+
+    cache: Any = _ProgramCache(folder)
+    compilation_cache.reset_cache()
+    compilation_cache._cache = cache
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start's many small programs take seconds
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA would write files of its own into the folder
 
 
 @functools.cache
-def _warn_once(why: str) -> None:
-    _log.warning(_NO_CACHE, why)
-
-
-def _share(entry: Path, place: Path) -> None:
-    """Puts a whole entry in a second place, at once."""
-    try:
-        os.link(entry, place)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        with open(entry, "rb") as source, whole_file(place) as target:  # a file system without links
-            shutil.copyfileobj(source, target)
+def _warn_of_cache(why: str) -> None:
+    _log.warning("programs are compiled at every start because their cache cannot be written (%s)", why)
 
 
 def resolve_auto(settings: Model, model: VisionTransformer, tokens: int) -> Model:
-    """The configuration's section with a type and an attention for what is left open, of a model that sees `tokens` tokens.
+    """Replaces "auto" in `dtype` and `attention` by what suits the device.
 
-    A GPU computes in bfloat16, and its attention is cuDNN's where that gives what XLA's gives on a batch of two; where it
-    does not, that is said.
+    A GPU computes in bfloat16. Its attention is cuDNN's if a trial with a batch of two gives what XLA's attention gives; if
+    not, the reason is logged. Everything else computes in float32 with XLA's attention.
+
+    Args:
+      settings: the section `model` of a configuration.
+      model: the model, of which the number and the width of the heads matter.
+      tokens: number of tokens that the model sees, the class token included.
+
+    Raises:
+      ConfigError: if cuDNN's attention is asked for without a GPU.
     """
     on_gpu = jax.default_backend() == "gpu"
     dtype, attention = settings.dtype, settings.attention
@@ -229,19 +175,18 @@ def resolve_auto(settings: Model, model: VisionTransformer, tokens: int) -> Mode
         attention = "xla"
         if on_gpu and dtype == "bfloat16" and not settings.attention_dropout:
             try:
-                _try_cudnn((2, tokens, model.num_heads, model.hidden_size // model.num_heads))
+                _check_cudnn((2, tokens, model.num_heads, model.hidden_size // model.num_heads))
                 attention = "cudnn"
             except Exception as error:  # whatever a missing or broken library makes JAX raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                _log.warning("attention is computed by XLA, for cuDNN's does not work here (%s)", reason)
+                _log.warning("attention is computed by XLA because cuDNN's does not work here (%s)", reason(error))
     return dataclasses.replace(settings, dtype=dtype, attention=attention)
 
 
-def _try_cudnn(shape: tuple[int, int, int, int]) -> None:
-    """Raises where cuDNN's attention or its gradient does not run on [B, T, heads, K], or is not XLA's within bfloat16."""
+def _check_cudnn(shape: tuple[int, int, int, int]) -> None:
+    """Computes cuDNN's attention and its gradient on [B, T, heads, K]; raises unless they agree with XLA's in bfloat16."""
     draws = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
 
-    def both(implementation: str) -> Any:
+    def attention_and_gradient(implementation: str) -> Any:
         attention = functools.partial(dot_product_attention, implementation=implementation, precision=jax.lax.Precision.DEFAULT)
 
         @jax.jit
@@ -251,6 +196,6 @@ def _try_cudnn(shape: tuple[int, int, int, int]) -> None:
 
         return jax.device_get(run(*draws))
 
-    for ours, theirs in zip(both("cudnn"), both("xla"), strict=True):
-        if not np.allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=0.05, atol=0.05):
-            raise ValueError("its numbers are not those of XLA")
+    for cudnn, xla in zip(attention_and_gradient("cudnn"), attention_and_gradient("xla"), strict=True):
+        if not np.allclose(cudnn.astype(np.float32), xla.astype(np.float32), rtol=0.05, atol=0.05):
+            raise ValueError("its numbers differ from XLA's")

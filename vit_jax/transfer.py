@@ -1,7 +1,7 @@
-"""One HTTP GET whose headers and body end, whatever the server does: bounded in time, undecoded, redirects followed.
+"""One HTTP GET that always ends: bounded in time, with redirects followed and the body as it was sent.
 
-It runs in a thread of its own, and the caller takes what arrives from a queue. So the bounds and Ctrl-C hold whatever the
-network or the HTTP library waits for: a name server, headers that drip, or a body without an end.
+A thread does the transfer and the caller takes its results from a queue. So the bounds and Ctrl-C work whatever the network
+or the HTTP library waits for: a name server, headers that arrive byte by byte, or a body without an end.
 """
 
 import contextlib
@@ -17,51 +17,62 @@ from urllib.parse import urljoin, urlsplit
 
 from vit_jax.errors import printable, reason, root_cause
 
-_TIMEOUT = (10.0, 30.0)  # seconds until a connection has to be there, and then without a byte from the server
-_HEADERS = 60.0  # seconds until the headers of the answer have to be there, redirects included
-_RATE, _WINDOW = 1024, 60.0  # the fewest bytes per second that are accepted, over a window of so many seconds
+_TIMEOUT = (10.0, 30.0)  # seconds until there must be a connection, and then without a byte from the server
+_HEADERS = 60.0  # seconds until the headers must have arrived, redirects included
+_RATE, _WINDOW = 1024, 60.0  # the lowest speed in bytes per second, measured over a window in seconds
 _REDIRECTS = 10
 _CHUNK = 1 << 16  # bytes
 
 
 class Refused(Exception):
-    """What an address answered instead of the file, as one printable line."""
+    """The server does not give the file; the message is its answer, as one printable line."""
 
     def __init__(self, words: str):
         super().__init__(printable(" ".join(words.split()), 300))
 
 
 class Unreachable(Refused):
-    """There was no connection to the server."""
+    """There is no connection to the server."""
 
 
 class Broken(Exception):
-    """A transfer that failed in a way that another request may mend."""
+    """A transfer failed, and another request may succeed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server answered, before its body."""
+    """A server's answer without its body.
+
+    Attributes:
+      status, reason: of the status line, such as 404 and "Not Found".
+      headers: a mapping that ignores the case of names.
+      digest: SHA-256 of the file if the Hugging Face hub sent it with a redirect, else None.
+    """
 
     status: int
     reason: str
-    headers: Any  # case-insensitive
-    digest: str | None  # SHA-256 of the file, which the Hugging Face hub sends with its redirect
+    headers: Any
+    digest: str | None
 
     @property
-    def words(self) -> str:
+    def status_line(self) -> str:
+        """Status and reason as text."""
         return f"{self.status} {self.reason}".strip()
 
 
-def least_bytes() -> float:
-    """The bytes that have to arrive in a window of time."""
+def min_bytes() -> float:
+    """Returns the number of bytes that must arrive in every window of time."""
     return _RATE * _WINDOW
 
 
 def content_length(answer: Answer, address: str) -> int | None:
-    """The length of the body that the headers announce, None if they do not; the body is the file's own bytes."""
+    """Returns the length of the body that the headers announce, None if they announce none.
+
+    Raises:
+      Refused: if the length is not a number, or if the body is not the bytes of the file but encoded.
+    """
     encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    # Some servers call the compression of an archive a coding of the transfer.
+    # Some servers announce the compression of an archive as an encoding of the body.
     archive = urlsplit(address).path.endswith((".gz", ".tgz"))
     if encoding not in ("", "identity", *(("gzip", "x-gzip") if archive else ())):
         raise Refused(f"the body is encoded as {encoding!r}, which was not asked for")
@@ -74,22 +85,29 @@ def content_length(answer: Answer, address: str) -> int | None:
 
 
 @contextlib.contextmanager
-def opened(address: str, headers: dict[str, str], seconds: float | None) -> Iterator[tuple[Answer, Iterator[bytes]]]:
-    """The answer to a GET and the chunks of its body as they were sent, within `seconds` if given.
+def open_url(address: str, headers: dict[str, str], seconds: float | None) -> Iterator[tuple[Answer, Iterator[bytes]]]:
+    """Opens the answer to a GET and an iterator over the chunks of its body, as they were sent.
 
-    Raises Refused where the server is too slow or gives no answer, Broken where another request may help.
+    Args:
+      address: http:// or https://.
+      headers: of the request.
+      seconds: limit for the whole transfer; None for only those on connection, headers and speed.
+
+    Raises:
+      Refused: if the server is too slow or does not answer.
+      Broken: if another request may succeed.
     """
     arrivals: queue.Queue[Any] = queue.Queue(16)
-    left = threading.Event()
+    closed = threading.Event()
 
     def work() -> None:
         try:
             for item in _transfer(address, headers):
                 arrivals.put(item)
-                if left.is_set():
+                if closed.is_set():
                     return
             arrivals.put(b"")
-        except BaseException as error:  # the caller raises it
+        except BaseException as error:  # raised by the caller
             arrivals.put(_failure(error))
 
     threading.Thread(target=work, name="download", daemon=True).start()
@@ -100,14 +118,14 @@ def opened(address: str, headers: dict[str, str], seconds: float | None) -> Iter
             raise Refused(f"no answer within {min(seconds or _HEADERS, _HEADERS):g} s")
         yield answer, _body(arrivals, end, seconds)
     finally:
-        left.set()
+        closed.set()
         with contextlib.suppress(queue.Empty):
             while True:
-                arrivals.get_nowait()  # the thread may wait for room
+                arrivals.get_nowait()  # the thread may wait for space in the queue
 
 
 def _next(arrivals: queue.Queue, end: float) -> Any:
-    """What arrives next, None if nothing does until `end`; what the thread raised is raised."""
+    """Returns the next item, or None if there is none until the time `end`; raises an error of the thread."""
     try:
         item = arrivals.get(timeout=max(0.0, end - time.monotonic()))
     except queue.Empty:
@@ -118,7 +136,7 @@ def _next(arrivals: queue.Queue, end: float) -> Any:
 
 
 def _body(arrivals: queue.Queue, end: float, seconds: float | None) -> Iterator[bytes]:
-    """The chunks of a body, at `_RATE` bytes per second or more in every window."""
+    """Yields the chunks of a body; raises Refused below `_RATE` bytes per second in a window, or at the time `end`."""
     begin, received = time.monotonic(), 0
     while True:
         chunk = _next(arrivals, min(end, begin + _WINDOW))
@@ -129,15 +147,15 @@ def _body(arrivals: queue.Queue, end: float, seconds: float | None) -> Iterator[
             return
         now = time.monotonic()
         if now >= end:
-            raise Refused(f"not whole within {seconds:g} s")
+            raise Refused(f"not complete within {seconds:g} s")
         if now >= begin + _WINDOW:
-            if received < least_bytes():  # not over the time that has passed: the process may have been stopped
+            if received < min_bytes():  # not a rate over the time that has passed: the process may have been stopped
                 raise Refused(f"too slow: {received:,} bytes in {now - begin:.0f} s")
             begin, received = now, 0
 
 
 def _transfer(address: str, headers: dict[str, str]) -> Iterator[Answer | bytes]:
-    """The answer to a GET, redirects followed, then its body in chunks that nothing has decoded."""
+    """Yields the answer to a GET, after redirects, and then its body in chunks that are not decoded."""
     import requests
 
     digest, url = None, address
@@ -148,7 +166,7 @@ def _transfer(address: str, headers: dict[str, str]) -> Iterator[Answer | bytes]
         with requests.Session() as session:
             request = session.prepare_request(requests.Request("GET", url, headers=headers))
             settings = session.merge_environment_settings(url, {}, True, None, None)
-            # Not session.send: it reads the body of a redirect without a bound, even if it is not to follow it.
+            # Not session.send: it reads the body of a redirect without a bound, even if it does not follow the redirect.
             response = session.get_adapter(url).send(request, timeout=_TIMEOUT, **settings)
             found = re.fullmatch('"?([0-9a-f]{64})"?', response.headers.get("X-Linked-Etag", ""))
             digest = found[1] if found else digest
@@ -157,17 +175,17 @@ def _transfer(address: str, headers: dict[str, str]) -> Iterator[Answer | bytes]
                 while chunk := response.raw.read1(_CHUNK, decode_content=False):
                     yield chunk
                 return
-            place = response.headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
+            location = response.headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
             response.close()
         try:
-            url = urljoin(url, place)
+            url = urljoin(url, location)
         except ValueError as error:
-            raise Refused(f"redirected to {place[:100]!r}: {error}") from None
+            raise Refused(f"redirected to {location[:100]!r}: {error}") from None
     raise Refused(f"more than {_REDIRECTS} redirects")
 
 
 def _failure(error: BaseException) -> BaseException:
-    """What an exception of a transfer means: Refused, Unreachable, or Broken, after which another request may help."""
+    """Returns the meaning of a transfer's exception: Refused, Unreachable, or Broken, after which a retry may succeed."""
     import requests
     import urllib3
 

@@ -1,4 +1,4 @@
-"""A CIFAR archive of a few records, whole or with any defect, and the task that expects it."""
+"""A CIFAR archive of a few records, which tests may damage, and the task that expects it."""
 
 import dataclasses
 import io
@@ -10,11 +10,18 @@ import pytest
 from vit_jax.data.tasks import TASKS
 
 CLASSES = {"coarse_label": 20, "label": 100}
+TRAIN, TEST = "cifar-100-binary/train.bin", "cifar-100-binary/test.bin"
+FINE = "cifar-100-binary/fine_label_names.txt"
+
+
+def files_below(folder):
+    """The relative paths of all files below the folder except lock files, which stay."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 @pytest.fixture
 def tiny():
-    """CIFAR-100 with 120 + 40 records, of which no official digest is known, from nowhere."""
+    """CIFAR-100 with 120 + 40 records, at an address without a server and without known digests."""
     archive = dataclasses.replace(
         TASKS["cifar100"].archive, url="http://127.0.0.1:9/cifar-100-binary.tar.gz", sha256="", digests={}
     )
@@ -24,7 +31,7 @@ def tiny():
 
 @pytest.fixture
 def records():
-    """Split -> uint8 [n, 3074]: random, with every class in turn."""
+    """Split -> records uint8 [n, 3074]: random pixels, labels in turn."""
     rng = np.random.default_rng(0)
     made = {}
     for split, n in (("train", 120), ("test", 40)):
@@ -36,13 +43,13 @@ def records():
 
 @pytest.fixture
 def files(records):
-    """Name -> content of every file in the archive; tests change it before they call `pack`."""
+    """Name -> content of the files in the archive; tests change it before they call `pack`."""
     names = {label: "".join(f"{label}_{i}\n" for i in range(n)).encode() for label, n in CLASSES.items()}
     return {
-        "cifar-100-binary/train.bin": records["train"].tobytes(),
-        "cifar-100-binary/test.bin": records["test"].tobytes(),
+        TRAIN: records["train"].tobytes(),
+        TEST: records["test"].tobytes(),
         "cifar-100-binary/coarse_label_names.txt": names["coarse_label"],
-        "cifar-100-binary/fine_label_names.txt": names["label"],
+        FINE: names["label"],
     }
 
 

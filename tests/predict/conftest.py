@@ -1,4 +1,4 @@
-"""A tiny model with a random head, as a run leaves it, and images to show it."""
+"""A tiny model with random weights in the folder of a run, and images to classify."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ META = {"image_size": 32, "class_names": NAMES, "normalization": {"mean": [0.5, 
 
 
 def save(path, meta=META, **fields):
-    """Weights of a tiny model drawn at random, whose answers differ from image to image."""
+    """Saves random weights of a tiny model, whose probabilities differ between images."""
     sizes = dict(patch_size=8, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64)
     model = VisionTransformer(**{"num_classes": 7, **sizes, **fields})
     params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
@@ -38,6 +38,6 @@ def classify(run):
 
 @pytest.fixture
 def noise():
-    """noise(height, width): an image of noise, uint8 [height, width, 3], another one each time."""
+    """noise(height, width): an image of noise, uint8 [height, width, 3], a new one at each call."""
     draw = np.random.default_rng(0)
     return lambda height=32, width=32: draw.integers(0, 256, (height, width, 3), np.uint8)

@@ -1,12 +1,9 @@
-"""The classifier: the numbers of evaluation, whatever form the images come in, and few of them in memory at a time."""
+"""The classifier: probabilities equal to those of evaluation for images in any form, and few images in memory at a time."""
 
-import importlib.resources
 import io
 import logging
-import lzma
 import os
 import threading
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +17,7 @@ from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ImageError
 from vit_jax.formats.google import save_npz
 from vit_jax.models.intermediates import attention_maps, attention_rollout
-from vit_jax.predict import Classifier, names
+from vit_jax.predict import Classifier
 from vit_jax.predict.classifier import _THREADS
 from vit_jax.training import devices
 from vit_jax.training.assemble import assemble
@@ -43,10 +40,10 @@ def config(tmp_path):
 
 
 def compare(run, logits, tmp_path):
-    """Holds the classifier against a run's predictions, given PNG files of the same images."""
+    """Asserts that the classifier, given PNG files of the test images, agrees with a run's logits."""
     logits = logits.astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    assert np.ptp(expected, axis=0).max() > 0.1  # or there is nothing to compare
+    assert np.ptp(expected, axis=0).max() > 0.1  # else the comparison would show nothing
     source = open_split(task("cifar100_excerpt"), "test[:100]")
     paths = [tmp_path / f"{number}.png" for number in range(100)]
     for path, pixels in zip(paths, source.take(np.arange(100))[0], strict=True):
@@ -56,8 +53,8 @@ def compare(run, logits, tmp_path):
     assert [found[0][0] for found in classify(paths)] == [source.class_names[best] for best in expected.argmax(axis=1)]
 
 
-def test_the_probabilities_of_an_evaluation(config, tmp_path):
-    """What a run does at its end, without the training before."""
+def test_probabilities_equal_those_of_an_evaluation(config, tmp_path):
+    """As a run evaluates at its end, but without a training."""
     layout = devices.start(config.run)
     config.model.keep_head = "true"
     parts = assemble(config, layout)
@@ -67,13 +64,13 @@ def test_the_probabilities_of_an_evaluation(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_probabilities_of_a_run(config, tmp_path):
+def test_probabilities_equal_those_of_a_run(config, tmp_path):
     vit_jax.train(config, tmp_path / "run")
     with np.load(tmp_path / "run" / "predictions.npz") as found:
         compare(tmp_path / "run", found["logits"], tmp_path)
 
 
-def test_an_image_in_every_form(classify, noise, tmp_path):
+def test_every_form_of_an_image_gives_the_same_classes(classify, noise, tmp_path):
     pixels = noise(40, 50)
     path = tmp_path / "a.png"
     Image.fromarray(pixels).save(path)
@@ -92,7 +89,7 @@ def test_an_image_in_every_form(classify, noise, tmp_path):
     assert classify([]) == [] and classify.probabilities([]).shape == (0, 7)
 
 
-def test_probabilities_and_names(classify, noise):
+def test_probabilities_sum_to_1_and_belong_to_names(classify, noise):
     found = classify.probabilities([noise(), noise()])
     assert found.dtype == np.float32 and found.shape == (2, 7)
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
@@ -100,15 +97,15 @@ def test_probabilities_and_names(classify, noise):
     assert sorted(name for name, _ in everything) == NAMES
     assert classify(np.zeros((8, 8, 3), np.uint8), top=2)[0] == classify(np.zeros((8, 8, 3), np.uint8), top=7)[0][:2]
     for top in (0, "3", 2.5):
-        with pytest.raises(ValueError, match=f"top must be a whole number from 1 on, got {top!r}"):
+        with pytest.raises(ValueError, match=f"top must be a whole number of at least 1, got {top!r}"):
             classify(noise(), top=top)
     assert classify(noise(), top=np.int64(2))
-    with pytest.raises(ValueError, match="batch_size must be a whole number from 1 on, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
         Classifier("nowhere", batch_size=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batches_do_not_change_the_numbers(run, classify, noise, batch_size):
+def test_batch_size_does_not_change_probabilities(run, classify, noise, batch_size):
     images = [noise(20 + number, 30) for number in range(7)]
     found = Classifier(run, batch_size).probabilities(images)
     np.testing.assert_allclose(found, classify.probabilities(images), atol=1e-6, rtol=0)
@@ -124,23 +121,23 @@ def test_images_of_all_sizes_compile_one_program(run, noise):
     assert compiled == []
 
 
-def test_a_bad_image_is_raised_or_told(classify, noise, tmp_path):
+def test_bad_image_is_raised_or_yielded(classify, noise, tmp_path):
     images = [noise(), tmp_path / "none.png", noise()]
     for method in (classify, classify.probabilities, classify.attention):
-        with pytest.raises(ImageError, match=r"there is no file .*none\.png"):
+        with pytest.raises(ImageError, match=r"none\.png does not exist"):
             method(images)
     with pytest.raises(ImageError, match=r"^images\[1\] has pixels of type float32"):
         classify([noise(), np.zeros((2, 2, 3), np.float32)])
-    with pytest.raises(ImageError, match="an image is a path, a PIL image or a uint8 array, got int"):
+    with pytest.raises(ImageError, match="an image must be a path, a PIL image or a uint8 array, got int"):
         classify([7])
-    told = list(classify.stream([("a", images[0]), ("b", images[1]), ("c", images[2])]))
-    assert [name for name, _ in told] == ["a", "b", "c"]
-    assert isinstance(told[1][1], ImageError)
-    assert [told[0][1], told[2][1]] == classify([images[0], images[2]])
+    yielded = list(classify.stream([("a", images[0]), ("b", images[1]), ("c", images[2])]))
+    assert [name for name, _ in yielded] == ["a", "b", "c"]
+    assert isinstance(yielded[1][1], ImageError)
+    assert [yielded[0][1], yielded[2][1]] == classify([images[0], images[2]])
 
 
-def test_few_images_are_on_their_way(run, noise):
-    """However many there are: what is read ahead, a batch that fills and two that are computed."""
+def test_stream_holds_few_images_in_memory(run, noise):
+    """Those read ahead, a batch that fills and two that are computed, however many images there are."""
     classify, given, most = Classifier(run, batch_size=4), 0, 0
     image = noise()
 
@@ -157,8 +154,8 @@ def test_few_images_are_on_their_way(run, noise):
     assert 3 * 4 <= most <= max(2 * 4, _THREADS) + 3 * 4
 
 
-def test_reading_and_computing_overlap(run, noise):
-    """When the device has computed one batch, the next has been given to it and images of the one after that are read."""
+def test_images_are_read_while_the_device_computes(run, noise):
+    """When one batch is computed, the device already has the next, and images of the third are read."""
     classify, events = Classifier(run, batch_size=4), []
     compute, reached = classify._probabilities, threading.Event()
     file = io.BytesIO()
@@ -177,12 +174,12 @@ def test_reading_and_computing_overlap(run, noise):
     stream = classify.stream(("it", source) for source in sources)
     next(stream)
     assert events == ["computes", "computes"]
-    assert reached.wait(10)  # although nobody asks for more
+    assert reached.wait(10)  # although the caller has asked for one image only
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
-def test_attention_is_the_rollout_of_the_maps(classify, noise):
+def test_attention_equals_the_rollout_of_the_maps(classify, noise):
     pixels = noise()
     images = (pixels[None].astype(np.float32) / 255 - np.array([[[[0.5, 0.4, 0.3]]]], np.float32)) / np.array(
         [[[[0.3, 0.2, 0.1]]]], np.float32
@@ -194,8 +191,8 @@ def test_attention_is_the_rollout_of_the_maps(classify, noise):
     assert classify.attention([]).shape == (0, 4, 4)
 
 
-def test_models_that_cannot_answer(tmp_path, noise):
-    with pytest.raises(CheckpointError, match="has no head and so names no classes: vit_jax.features"):
+def test_model_without_head_or_class_token_is_an_error(tmp_path, noise):
+    with pytest.raises(CheckpointError, match="has no head, so it cannot classify; use vit_jax.features"):
         Classifier(save(tmp_path / "headless.npz", {"image_size": 32}, num_classes=0))
     gap = Classifier(save(tmp_path / "gap.npz", classifier="gap"))
     assert len(gap(noise())[0]) == 5
@@ -206,13 +203,13 @@ def test_models_that_cannot_answer(tmp_path, noise):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (5, "weights are a path or a published name, got 5"),
-        ("~nobody-of-that-name/x", "checkpoint='~nobody-of-that-name/x': the user '~nobody-of-that-name' does not exist"),
+        (5, "weights must be a path or a published name, got 5"),
+        ("~no-such-user/x", "checkpoint='~no-such-user/x': the user '~no-such-user' does not exist"),
         ("/proc/self/mem", "/proc/self/mem is empty"),
         ("loop", "there is no file loop"),
     ],
 )
-def test_paths_that_are_no_weights(tmp_path, monkeypatch, source, said):
+def test_path_without_weights_is_an_error(tmp_path, monkeypatch, source, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match=said) as caught:
@@ -233,10 +230,10 @@ def test_unreadable_weights_are_named_in_the_error(run, monkeypatch):
         Classifier(run)
 
 
-def test_what_is_assumed_of_weights_is_said(tmp_path, caplog):
-    """Of those that may be of any origin; Google's are known by their names, as in the test of names."""
-    scaling = "nothing beside %s says how images are scaled: Google's [-1, 1] is assumed"
-    naming = "nothing beside %s names its 7 classes: they are called by their numbers"
+def test_assumptions_about_weights_are_logged(tmp_path, caplog):
+    """But not for Google's weights, which test_names knows by their names."""
+    scaling = "no JSON next to %s says how images are scaled: Google's [-1, 1] is assumed"
+    naming = "no JSON next to %s names its 7 classes: they are called by their numbers"
     for name, meta, expected in (
         ("bare.npz", None, [naming, scaling]),
         ("names.npz", {"class_names": NAMES}, [scaling]),
@@ -247,41 +244,17 @@ def test_what_is_assumed_of_weights_is_said(tmp_path, caplog):
         caplog.clear()
         path = save(tmp_path / name, meta)
         Classifier(path)
-        assert caplog.messages == [sentence % path for sentence in expected]
+        assert caplog.messages == [message % path for message in expected]
 
 
-def test_an_image_need_not_be_seen_as_a_square(tmp_path, noise):
+def test_model_of_wide_images_is_supported(tmp_path, noise):
     path = save(tmp_path / "wide.npz", META | {"image_size": [16, 64]})
     classify = Classifier(path)
     assert classify.image_size == (16, 64) and classify.attention(noise()).shape == (1, 2, 8)
 
 
-def test_the_names_of_published_heads(caplog):
-    """Google's heads; the order of the 21,843 as in google-research/big_transfer, issue 18."""
-    both = names.imagenet("1k"), names.imagenet("21k")
-    assert [len(set(found)) for found in both] == [1000, 21843]
-    assert (both[0][0], both[0][291], both[0][999]) == (
-        "tench, Tinca tinca",
-        "lion, king of beasts, Panthera leo",
-        "toilet tissue, toilet paper, bathroom tissue",
-    )
-    assert (both[1][9205], both[1][15027]) == ("image, image, icon, ikon", "bleacher")
-    assert [both[0].index(f"crane ({synset})") for synset in ("n02012849", "n03126707")] == [134, 517]
-    for name, classes, expected in (
-        ("ViT-B_16.npz", 21843, both[1]),
-        ("mine.npz", 21843, both[1]),
-        ("ViT-B_16.npz", 1000, both[0]),
-        ("B_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0.npz", 1000, both[0]),
-    ):
-        assert names.class_names(Path(name), {}, classes) == expected
-    assert names.class_names(Path("model.npz"), {"copy_of": "sam/ViT-B_16"}, 1000) == both[0]
-    assert not caplog.messages
-    assert names.class_names(Path("mine.npz"), {}, 1000)[17] == "class 17"
-    assert caplog.messages == ["nothing beside mine.npz names its 1000 classes: they are called by their numbers"]
-
-
-def test_embedded_model_names_its_classes_in_the_order_of_its_head():
-    """Classes of CIFAR-100 that Tiny-ImageNet has too: their most frequent answer, which no other order of names gives."""
+def test_embedded_model_has_class_names_in_the_order_of_its_head():
+    """The most frequent answer for classes that CIFAR-100 and Tiny-ImageNet share; another order of names gives others."""
     source = open_split(task("cifar100_excerpt"), "test")
     images, labels = source.take(np.arange(len(source)))
     classify = Classifier("mini_8", batch_size=64)
@@ -289,19 +262,3 @@ def test_embedded_model_names_its_classes_in_the_order_of_its_head():
     for name, expected in (("lion", "lion, king of beasts"), ("orange", "orange"), ("mountain", "alp"), ("dolphin", "dugong")):
         best = classify.probabilities(images[labels == source.class_names.index(name)]).argmax(axis=1)
         assert classify.class_names[np.bincount(best).argmax()].startswith(expected)
-
-
-def test_the_order_of_imagenet_is_that_of_tfds():
-    order = importlib.resources.files("tensorflow_datasets") / "datasets" / "imagenet2012" / "labels.txt"
-    rows = [line.split("\t") for line in lzma.decompress(names._FILE.read_bytes()).decode().splitlines()]
-    assert [synset for synset, sets, _ in rows if "1k" in sets.split()] == order.read_text().split()
-    assert [synset for synset, sets, _ in rows if "21k" not in sets.split()] == ["n04399382"]
-
-
-def test_the_file_of_names_is_written_as_it_ships(tmp_path):
-    rows = [line.split("\t") for line in lzma.decompress(names._FILE.read_bytes()).decode().splitlines()]
-    for name, which in (("imagenet_synsets.txt", "1k"), ("imagenet21k_goog_synsets.txt", "21k")):
-        (tmp_path / name).write_text("".join(f"{synset}\n" for synset, sets, _ in rows if which in sets.split()))
-    (tmp_path / "imagenet_synset_to_lemma.txt").write_text("".join(f"{synset}\t{words}\n" for synset, _, words in rows))
-    names.write(tmp_path, tmp_path / "out")
-    assert lzma.decompress((tmp_path / "out").read_bytes()) == lzma.decompress(names._FILE.read_bytes())

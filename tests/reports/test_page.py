@@ -303,7 +303,7 @@ def test_data_that_are_no_longer_prepared(run, tmp_path, unrendered):
     assert "cifar100 is not prepared in" in page.text and "python -m vit_jax.data prepare cifar100" in page.text
     assert drawn(run) == {"curves", "classes", "confusion", "reliability", "filters", "positions"}
     edit(run, data__task="birds")
-    assert "There is no task 'birds'" in Page(write(run)).text
+    assert "there is no task 'birds'" in Page(write(run)).text
 
 
 def test_another_test_split_under_the_same_name(run, unrendered):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import runtime
-from vit_jax.config import Augment, Model, Optimizer, Run
+from vit_jax.config import Augment, Optimizer, Run
 from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
 from vit_jax.training import devices, program
@@ -131,28 +130,3 @@ def test_driver_without_a_gpu_build_gives_a_warning(tmp_path, monkeypatch, caplo
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # asked for, so nothing to say
     assert devices.start(Run(parallel="pmap")).pmap is True
     assert not caplog.text
-
-
-def settled(**fields) -> tuple[str, str]:
-    found = runtime.resolve_auto(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), 5)
-    return found.dtype, found.attention
-
-
-def test_resolve_auto_depends_on_the_device(monkeypatch, caplog):
-    assert settled() == ("float32", "xla")
-    assert settled(dtype="bfloat16") == ("bfloat16", "xla")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    # cuDNN is not here, so its trial fails for real.
-    assert settled() == ("bfloat16", "xla")
-    (said,) = caplog.messages
-    assert said.startswith("attention is computed by XLA, for cuDNN's does not work here (")
-    caplog.clear()
-    for fields in (dict(dtype="float32"), dict(attention_dropout=0.1), dict(attention="xla")):
-        assert settled(**fields)[1] == "xla"
-    assert settled(attention="cudnn") == ("bfloat16", "cudnn") and not caplog.messages
-    xla = runtime.dot_product_attention
-    monkeypatch.setattr(runtime, "dot_product_attention", lambda *a, implementation, **k: xla(*a, implementation="xla", **k))
-    assert settled() == ("bfloat16", "cudnn")
-    wrong = lambda *a, implementation, **k: xla(*a, implementation="xla", **k) * (1 if implementation == "xla" else 1.5)  # noqa: E731
-    monkeypatch.setattr(runtime, "dot_product_attention", wrong)
-    assert settled() == ("bfloat16", "xla") and "its numbers are not those of XLA" in caplog.text

@@ -1,4 +1,4 @@
-"""Images as bytes, on the host: what can be learnt (tasks), preparing it, reading it, and in which order.
+"""Images as bytes, on the host: the tasks, preparing their data, reading it, and the order of examples.
 
 NumPy only. Nothing here imports JAX, so that a process that decodes images can never take a GPU.
 """

@@ -15,25 +15,27 @@ _LABEL = 160  # pixels for the name of a class
 
 def main(argv: list[str] | None = None, program: str = "python -m vit_jax.data") -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=program, description="The data sets that can be learnt.")
+    parser = argparse.ArgumentParser(prog=program, description="The data sets to train on.")
     commands = parser.add_subparsers(dest="command", required=True)
     directory = argparse.ArgumentParser(add_help=False)
     directory.add_argument(
         "--data_dir",
         default="",
         metavar="DIR",
-        help="where TFDS keeps prepared data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets",
+        help="directory of TFDS with the prepared data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets",
     )
-    commands.add_parser("list", parents=[directory], help="every task, and whether it is prepared here")
-    preparing = commands.add_parser("prepare", parents=[directory], help="make TFDS data, without TensorFlow")
-    preparing.add_argument("name", help="of the task")
-    preparing.add_argument("--archive", metavar="FILE", help="its tar file, in any compression; default: downloaded")
+    commands.add_parser("list", parents=[directory], help="print every task, and the folder of its data if they are prepared")
+    preparing = commands.add_parser("prepare", parents=[directory], help="make the TFDS data of a task, without TensorFlow")
+    preparing.add_argument("name", help="name of the task")
+    preparing.add_argument(
+        "--archive", metavar="FILE", help="tar file of the data set, in any compression; default: download it"
+    )
     showing = commands.add_parser(
-        "show", parents=[directory], help="splits, counts and classes of a prepared task, and its images"
+        "show", parents=[directory], help="print splits, counts and classes of a prepared task; draw its images"
     )
-    showing.add_argument("name", help="of the task")
+    showing.add_argument("name", help="name of the task")
     showing.add_argument(
-        "--output", type=Path, metavar="FILE.png", help="draw images of the training split, a row for each class"
+        "--output", type=Path, metavar="FILE.png", help="write a grid of training images, a row for each class"
     )
     args = parser.parse_args(argv)
     return cli.call(lambda: _run(args))
@@ -57,7 +59,7 @@ def _list(data_dir: str) -> None:
 
 
 def _show(name: str, data_dir: str, output: Path | None) -> None:
-    """Prints what each split holds, and how many images of each class; draws a grid of the training images into `output`."""
+    """Prints the sizes of the splits and the number of images of each class; writes a grid of training images to `output`."""
     from vit_jax.data.sources import open_split
 
     if output is not None and output.suffix != ".png":
@@ -79,7 +81,7 @@ def _show(name: str, data_dir: str, output: Path | None) -> None:
 
 
 def _count(source: Any) -> tuple[list[int], list[list[Any]]]:
-    """How many images of each class a split has, and the first of them, as many as the grid has columns."""
+    """Counts the images of each class of a split; returns the counts and the first images of each class, for the grid."""
     import numpy as np
 
     counts = [0] * source.num_classes
@@ -94,7 +96,7 @@ def _count(source: Any) -> tuple[list[int], list[list[Any]]]:
 
 
 def _draw(examples: list[list[Any]], names: list[str], output: Path) -> None:
-    """Writes a PNG with a row for each class, evenly chosen if there are many: its name and its first images."""
+    """Writes a PNG with a row for each class, its name and first images; of many classes, evenly spaced ones."""
     from PIL import Image, ImageDraw
 
     from vit_jax.files import whole_file

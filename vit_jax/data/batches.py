@@ -1,7 +1,7 @@
-"""Which examples make up which batch: arithmetic on indices, knowing nothing of images.
+"""Which examples make up which batch: arithmetic on indices, without images.
 
-The order of an epoch derives from (seed, epoch) alone, and a batch from its step alone, so that a run that is resumed
-anywhere, or shared by any number of processes, sees what the uninterrupted run sees.
+The order of an epoch is a function of (seed, epoch), and a batch is a function of its step, so that a run that is resumed
+anywhere sees what the uninterrupted run sees.
 """
 
 from collections.abc import Iterator
@@ -18,75 +18,68 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
 
 
-def train(n: int, size: int, seed: int, start: int = 0, shard: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
-    """Returns the endless batches from step `start` on: the epochs' orders one after the other, cut into `size`s.
+def train(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Returns the endless batches from step `start` on: the orders of the epochs, one after the other, cut into batches.
 
     Args:
       n: number of examples.
-      size: examples in a batch over all shards; may be larger than `n`.
+      size: examples in a batch; may be larger than `n`.
       seed: not negative.
-      start: the step that the first batch belongs to, counted from 0; costs nothing to reach.
-      shard: (i, k): only the i-th of k equal contiguous parts of every batch.
+      start: the step of the first batch, counted from 0; a late step costs no more than an early one.
 
     Returns:
-      An iterator over indices, int32 [size / k], each array a new one.
+      An iterator over indices, int32 [size], each array a new one.
 
     Raises:
-      DataError: if there is nothing to draw from, or `k` does not divide `size`.
+      DataError: if `n` or `size` is less than 1, or `start` is negative.
     """
-    part = _part(n, size, shard)
+    _check(n, size)
     if start < 0:
-        raise DataError(f"Batches from step {start}: expected a step from 0 on")
-    return _stream(n, size, seed, start * size + shard[0] * part, part)
+        raise DataError(f"batches from step {start}: expected a step from 0 on")
+    return _train(n, size, seed, start * size)
 
 
-def _stream(n: int, size: int, seed: int, position: int, part: int) -> Iterator[np.ndarray]:
+def _train(n: int, size: int, seed: int, position: int) -> Iterator[np.ndarray]:
     epoch, current = -1, np.empty(0, np.int32)  # kept between batches: sorting an epoch costs milliseconds
     while True:
-        batch = np.empty(part, np.int32)
+        batch = np.empty(size, np.int32)
         filled = 0
-        while filled < part:
+        while filled < size:
             wanted, offset = divmod(position + filled, n)
             if wanted != epoch:
                 epoch, current = wanted, order(n, seed, wanted).astype(np.int32)
-            piece = current[offset : offset + part - filled]
+            piece = current[offset : offset + size - filled]
             batch[filled : filled + len(piece)] = piece
             filled += len(piece)
         yield batch
         position += size
 
 
-def evaluation(n: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Returns the batches of one pass over all examples in their own order, the last one filled up.
+def evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Returns the batches of one pass over all examples in their own order, the last one padded.
 
     Args:
       n: number of examples.
-      size: examples in a batch over all shards.
-      shard: (i, k): only the i-th of k equal contiguous parts of every batch.
+      size: examples in a batch.
 
     Returns:
-      An iterator over (indices int32 [size / k], mask bool [size / k]). Over all shards the mask is True exactly once
-      for each example; where it is False the index is 0. Every shard gets the same number of batches.
+      An iterator over (indices int32 [size], mask bool [size]). The mask is True exactly once for each example; where it is
+      False the index is 0.
 
     Raises:
-      DataError: as `train`.
+      DataError: if `n` or `size` is less than 1.
     """
-    part = _part(n, size, shard)
-    return _pass(n, size, shard[0] * part, part)
+    _check(n, size)
+    return _evaluation(n, size)
 
 
-def _pass(n: int, size: int, offset: int, part: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for first in range(offset, offset + n, size):
-        index = np.arange(first, first + part, dtype=np.int32)
+def _evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for first in range(0, n, size):
+        index = np.arange(first, first + size, dtype=np.int32)
         mask = index < n
         yield np.where(mask, index, np.int32(0)), mask
 
 
-def _part(n: int, size: int, shard: tuple[int, int]) -> int:
-    """Returns the number of examples that each shard has in a batch."""
-    index, count = shard
+def _check(n: int, size: int) -> None:
     if n < 1 or size < 1:
-        raise DataError(f"Batches of {size} from {n} examples: expected at least one of each")
-    if not 0 <= index < count or size % count:
-        raise DataError(f"Part {index} of {count} of a batch of {size}: expected a part in [0, {count}) and a batch it divides")
-    return size // count
+        raise DataError(f"batches of {size} from {n} examples: expected at least one of each")

@@ -1,88 +1,77 @@
-"""TFDS data without TensorFlow: an archive becomes the ArrayRecord files that the stock `tfds.data_source` reads.
+"""TFDS data without TensorFlow: an archive becomes the ArrayRecord files that `tfds.data_source` reads.
 
-Stock TFDS needs TensorFlow three times on this way: to unpack the archive, to read the files in it and to encode arrays
-as PNG. So the archive is read here, and TFDS's own builder is given PNG bytes; layout and metadata stay TFDS's.
+TFDS itself needs TensorFlow three times for this: to unpack the archive, to read its files and to encode arrays as PNG. So
+`archives` reads the archive, and TFDS's own builder is given PNG bytes; layout and metadata are TFDS's.
 """
 
 import contextlib
-import gzip
 import hashlib
 import io
-import logging
-import lzma
-import math
 import os
 import pathlib
 import shutil
-import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.tasks import Archive, Excerpt, Task, data_root, find_prepared, prepare_command
-from vit_jax.errors import DataError
+from vit_jax.data.archives import PLANES, Names, Splits, read_archive, record_bytes
+from vit_jax.data.tasks import Excerpt, Task, data_root, find_prepared, find_version, prepare_command
+from vit_jax.errors import DataError, reason
 from vit_jax.fetch import Refused, Unreachable, download
-from vit_jax.files import locked, sha256
+from vit_jax.files import locked
 
-_log = logging.getLogger(__name__)
-
-Splits = dict[str, np.ndarray]  # split -> records uint8 [n, labels + pixels]
-Names = dict[str, list[str]]  # label -> names, in the order of the labels' bytes in a record
-
-_PLANES = (3, 32, 32)  # of an image in a record: channels, rows, columns
-_SLACK = 16 * 2**20  # bytes that an archive may have more than its records
-_CHUNK = 1 << 20  # bytes
-_BAR_INTERVAL = 0.5  # seconds between two states of a progress bar
+_SLACK = 16 * 2**20  # bytes that an archive may be larger than its records
 
 
 def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Makes the task's TFDS data; returns at once where it is there already.
+    """Makes the TFDS data of a task; returns at once if they are there already.
 
     Args:
       task: a row of TASKS.
-      archive: its tar file, in any compression that `tarfile` reads; None: downloaded into `<data_root>/downloads`.
-      data_dir: as TFDS's; None or "": see `data_root`.
+      archive: the tar file, in any compression that `tarfile` reads; None to download it into `<data_root>/downloads`, unless
+        the data come with the package.
+      data_dir: the directory of TFDS; None or "" for `data_root`.
 
     Returns:
-      The folder `<data_root>/<builder>/<version>`. It appears whole or not at all, however this ends.
+      The folder `<data_root>/<builder>/<version>`. It appears whole or not at all, also if the process is killed.
 
     Raises:
-      DataError: if the archive cannot be had, cannot be read or does not hold what the task says, or if the folder
-        cannot be written. A content that is only not known to be the official one is prepared, with a warning.
+      DataError: if the archive cannot be downloaded, cannot be read or has other contents than the task says, or if the
+        folder cannot be written. Contents that are only not known to be the official ones are prepared, with a warning.
     """
     data_dir = data_dir or ""
     root = data_root(task, data_dir)
-    if folder := find_prepared(task, data_dir):
+    if folder := find_version(task, root) if archive else find_prepared(task, data_dir):
         return folder
     if task.archive is None:
-        raise DataError(f"{task.name} is not in {root}, and this package cannot prepare it: TFDS has to")
+        raise DataError(f"{task.name} is not in {root} and cannot be prepared by this package: prepare it with TFDS")
     try:
         with locked(root / f".{task.name}.lock", f"prepares {task.name}"):
-            # Another process may have done the work while this one waited.
-            return find_prepared(task, data_dir) or _prepare(task, archive, data_dir, root)
-    except (OSError, RuntimeError) as error:  # the latter is how ArrayRecord's writer reports a full disk
-        raise DataError(f"{task.name} cannot be written into {root} ({error}): choose another --data_dir") from error
+            # Another process may have prepared the data while this one waited.
+            return find_version(task, root) or _prepare(task, archive, data_dir, root)
+    except (OSError, RuntimeError) as error:  # ArrayRecord's writer reports a full disk as a RuntimeError
+        raise DataError(f"{task.name} cannot be written into {root} ({reason(error)}): choose another --data_dir") from error
 
 
 def _prepare(task: Task, given: str | os.PathLike | None, data_dir: str | os.PathLike, root: pathlib.Path) -> pathlib.Path:
     assert task.archive is not None
     path = pathlib.Path(given or root / "downloads" / task.archive.url.rsplit("/", 1)[-1])
-    fetched = not given and not path.exists()
-    if fetched:
+    downloaded = not given and not path.exists()
+    if downloaded:
         _download(task, data_dir, path)
     try:
-        splits, names = _read_archive(task.archive, path)
+        splits, names = read_archive(task.archive, path)
     except DataError:
-        if fetched:
-            path.unlink()  # the next attempt would find it and fail for ever
+        if downloaded:
+            path.unlink()  # the next attempt would read it and fail again
         raise
     if task.excerpt:
         splits, names = _select(task.excerpt, splits, names, path)
 
-    # Written apart and renamed when complete: a killed preparation cannot be mistaken for a finished one, and the next
-    # one finds its remains here.
+    # TFDS writes into a folder that is renamed when it is complete: a killed preparation cannot be taken for a finished one.
+    # Its name is always the same, so the next preparation removes what a killed one left.
     staging = root / f"{task.name}.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -96,9 +85,9 @@ def _prepare(task: Task, given: str | os.PathLike | None, data_dir: str | os.Pat
 
 
 def _download(task: Task, data_dir: str | os.PathLike, path: pathlib.Path) -> None:
-    """Downloads the task's archive to `path`; what arrives before an interruption is kept for the next try."""
+    """Downloads the task's archive to `path`; a later call continues an interrupted download."""
     assert task.archive is not None
-    records = sum(task.archive.examples.values()) * _record_bytes(task.archive)
+    records = sum(task.archive.examples.values()) * record_bytes(task.archive)
     try:
         download(task.archive.url, path, most=records + _SLACK)
     except Refused as error:
@@ -109,108 +98,15 @@ def _download(task: Task, data_dir: str | os.PathLike, path: pathlib.Path) -> No
         ) from error
 
 
-def _read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
-    """Returns the archive's records and names, checked; warns where they are not known to be the official ones."""
-    members = _read_members(archive, path)
-    size = _record_bytes(archive)
-    splits = {
-        split: np.frombuffer(b"".join(members[file] for file in files), np.uint8).reshape(-1, size)
-        for split, files in archive.files.items()
-    }
-    names = {}
-    for column, (label, (file, count)) in enumerate(archive.labels.items()):
-        lines = members[file].decode("utf-8", "replace").splitlines()
-        names[label] = [line.strip() for line in lines if line.strip()]
-        if len(names[label]) != count or len(set(names[label])) != count:
-            found = len(set(names[label]))
-            raise DataError(f"{path}: {file} has {found} different names, expected {count}; {_wanted(archive)}")
-        for split, records in splits.items():
-            if (wrong := records[:, column] >= count).any():
-                at = int(wrong.argmax())
-                raise DataError(
-                    f"{path}: record {at} of {split} has {label} {records[at, column]}, expected at most {count - 1}; "
-                    f"{_wanted(archive)}"
-                )
-    digests = {split: _digest(records) for split, records in splits.items()}
-    if digests != archive.digests and sha256(path) != archive.sha256:
-        _log.warning(
-            "%s is not the file at %s, nor known to hold the same images and labels: layout, sizes and numbers are "
-            "right, so it is used, but results may not compare with others'",
-            path,
-            archive.url,
-        )
-    return splits, names
-
-
-def _read_members(archive: Archive, path: pathlib.Path) -> dict[str, bytes]:
-    """Returns the content of every file of the layout by name, its size checked before it is read."""
-    from tqdm import tqdm
-
-    sizes: dict[str, int | None] = {file: None for file, _ in archive.labels.values()}
-    for split, files in archive.files.items():
-        sizes |= {file: archive.examples[split] // len(files) * _record_bytes(archive) for file in files}
-    members = {}
-    try:
-        with (
-            open(path, "rb") as file,
-            tqdm.wrapattr(
-                file,
-                "read",
-                total=path.stat().st_size,
-                desc=f"Reading {path.name}",
-                mininterval=_BAR_INTERVAL,
-                disable=None,
-            ) as watched,
-        ):
-            try:
-                tar = tarfile.open(fileobj=watched)  # noqa: SIM115 (entered below: only opening means "no tar at all")
-            except tarfile.ReadError as error:
-                raise DataError(f"{path} is no tar archive, or cut short or damaged; {_wanted(archive)}") from error
-            with tar:
-                for member in tar:
-                    folder, _, name = member.name.removeprefix("./").rpartition("/")
-                    if folder != archive.folder or name not in sizes or not member.isfile():
-                        continue
-                    if sizes[name] not in (None, member.size):
-                        raise DataError(
-                            f"{path}: {name} has {member.size:,} bytes, expected {sizes[name]:,} (records of "
-                            f"{_record_bytes(archive):,}); {_wanted(archive)}"
-                        )
-                    content = tar.extractfile(member)
-                    assert content is not None  # only of what is no file
-                    members[name] = content.read()
-                while tar.fileobj.read(_CHUNK):
-                    pass  # to the end, behind the end of the tar: there stands the checksum of what is compressed
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError) as error:
-        raise DataError(f"{path} is cut short or damaged ({error}); {_wanted(archive)}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); {_wanted(archive)}") from error
-    if missing := [f"{archive.folder}/{name}" for name in sizes if name not in members]:
-        raise DataError(f"{path} is cut short or of another layout: it lacks {', '.join(missing)}; {_wanted(archive)}")
-    return members
-
-
-def _wanted(archive: Archive) -> str:
-    return f"give the content of {archive.url}, packed in any way"
-
-
-def _record_bytes(archive: Archive) -> int:
-    return len(archive.labels) + math.prod(_PLANES)
-
-
-def _digest(records: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
-
-
 def _select(excerpt: Excerpt, splits: Splits, names: Names, path: pathlib.Path) -> tuple[Splits, Names]:
-    """Returns the excerpt's records, whose only label is its own, by class and then by SHA-256."""
+    """Returns the records of an excerpt, ordered by class and then by SHA-256; their only label is the excerpt's."""
     labels = list(names).index("label")
     selected = {}
     for split, records in splits.items():
         rows, wanted = [], excerpt.examples[split]
         for label, name in enumerate(excerpt.classes):
             if name not in names["label"]:
-                raise DataError(f"{path} has no class {name!r}, expected all of {', '.join(excerpt.classes)}")
+                raise DataError(f"{path} has no class {name!r}, expected {', '.join(excerpt.classes)}")
             candidates = records[records[:, labels] == names["label"].index(name)]
             if len(candidates) < wanted:
                 raise DataError(f"{path} has {len(candidates)} {split} records of {name}, expected at least {wanted}")
@@ -221,7 +117,7 @@ def _select(excerpt: Excerpt, splits: Splits, names: Names, path: pathlib.Path) 
 
 
 def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) -> pathlib.Path:
-    """Writes the data as TFDS would with `data_dir=directory`; returns the folder that is the data set."""
+    """Writes the data as TFDS does with `data_dir=directory`; returns the folder of the data set."""
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
@@ -237,11 +133,11 @@ def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) ->
             return {split: _examples(split, records, list(names), with_id, bar) for split, records in splits.items()}
 
         def _generate_examples(self):
-            raise AssertionError("unused: the split generators are the examples already")
+            raise AssertionError("not called: the split generators yield the examples")
 
     total = sum(len(records) for records in splits.values())
     with (
-        tqdm(total=total, desc=f"Preparing {task.name}", unit=" images", mininterval=_BAR_INTERVAL, disable=None) as bar,
+        tqdm(total=total, desc=f"Preparing {task.name}", unit=" images", mininterval=0.5, disable=None) as bar,
         _tfds_silent(),
         _same_bytes_everywhere(),
     ):
@@ -254,7 +150,7 @@ def _write(task: Task, splits: Splits, names: Names, directory: pathlib.Path) ->
 
 @contextlib.contextmanager
 def _tfds_silent() -> Iterator[None]:
-    """Keeps TFDS from reporting sizes that it does not know and paths that will not stay, in bars without an end."""
+    """Switches off TFDS's output: bars of unknown length, and paths in the folder that is renamed later."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -267,7 +163,7 @@ def _tfds_silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_bytes_everywhere() -> Iterator[None]:
-    """Has protobuf write the features of an example in the order of their names, which else differs between processes."""
+    """Makes protobuf write the features of an example in the order of their names; by default it differs between processes."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     def serialize(self, example):
@@ -282,7 +178,7 @@ def _same_bytes_everywhere() -> Iterator[None]:
 
 
 def _excerpt_builder(task: Task) -> type:
-    """Returns the abstract TFDS builder of an excerpt, to which only the examples are missing."""
+    """Returns the abstract TFDS builder of an excerpt; it has metadata but no examples."""
     import tensorflow_datasets as tfds
 
     assert task.excerpt is not None
@@ -312,10 +208,10 @@ def _excerpt_builder(task: Task) -> type:
 def _examples(
     split: str, records: np.ndarray, labels: list[str], with_id: bool, bar: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the split as TFDS's builders do: a key, from which TFDS derives the order on disk, and the features."""
+    """Yields the examples of a split for TFDS: a key, which decides the order on disk, and the features."""
     for index, record in enumerate(records):
         example: dict[str, Any] = {label: int(record[column]) for column, label in enumerate(labels)}
-        example["image"] = _png(record[len(labels) :].reshape(_PLANES).transpose(1, 2, 0))
+        example["image"] = _png(record[len(labels) :].reshape(PLANES).transpose(1, 2, 0))
         if with_id:
             example["id"] = f"{split}_{index:05d}"
         yield index, example
@@ -327,8 +223,8 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
     from PIL import Image
 
     file = io.BytesIO()
-    # Looking only for runs, not for repetitions, which photographs hardly have: as small, quicker, and zlib and zlib-ng
-    # (Pillow comes with either) write the same bytes, so that the excerpt comes out the same everywhere.
+    # Z_RLE searches only for runs and not for repetitions, which photographs hardly have. Files are as small, it is faster,
+    # and zlib and zlib-ng (Pillow comes with either) write the same bytes, so the excerpt is the same everywhere.
     Image.fromarray(pixels).save(file, "PNG", compress_type=zlib.Z_RLE)
     file.seek(0)
     return file

@@ -1,7 +1,8 @@
-"""Reading what TFDS has prepared: a split as arrays, addressed by index."""
+"""Reading prepared TFDS data: a split as arrays, addressed by index."""
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from vit_jax.errors import DataError, reason
 
 __all__ = ["NotPrepared", "Source", "open_split"]
 
-_BATCH = 1024  # records read at once: quick, and bounds what is held besides the result
+_BATCH = 1024  # records that are read at once; bounds the memory needed besides the result
 
 
 class Source:
@@ -19,18 +20,18 @@ class Source:
     Attributes:
       class_names: a name for each label.
       image_shape: (height, width, 3) of every image.
-      ranges: (file, first record, number of records) of what the split is made of.
+      ranges: (file, first record, number of records) of each part of the split.
     """
 
     def __init__(
         self,
-        records,
+        records: Any,
         where: str,
         class_names: list[str],
         image_shape: tuple[int, int, int],
         ranges: list[tuple[str, int, int]],
     ):
-        """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; `where` is what errors call it."""
+        """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; errors call the source `where`."""
         self.ranges = ranges
         self._records = records
         self._where = where
@@ -51,10 +52,10 @@ class Source:
         return len(self) * int(np.prod(self.image_shape))
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the examples at `index`, integers [n] in [0, len), in that order; repetitions are allowed.
+        """Reads the examples at `index`, integers [n] in [0, len), in that order; an index may occur several times.
 
         Returns:
-          (images uint8 [n, height, width, 3], labels int32 [n]), both new.
+          (images uint8 [n, height, width, 3], labels int32 [n]), both new arrays.
 
         Raises:
           IndexError: if an index is out of range.
@@ -62,9 +63,9 @@ class Source:
         """
         index = np.asarray(index)
         if index.ndim != 1 or index.dtype.kind not in "iu":
-            raise IndexError(f"Indices must be integers [n], got {index.dtype} {list(index.shape)}")
+            raise IndexError(f"indices must be integers [n], got {index.dtype} {list(index.shape)}")
         if index.size and (index.min() < 0 or index.max() >= len(self)):
-            raise IndexError(f"Index out of range for the {len(self)} examples of {self._where}")
+            raise IndexError(f"index out of range for the {len(self)} examples of {self._where}")
         images = np.empty((len(index), *self.image_shape), np.uint8)
         labels = np.empty(len(index), np.int32)
         for first in range(0, len(index), _BATCH):
@@ -75,7 +76,7 @@ class Source:
                     labels[row] = example["label"]
             except ImportError:
                 raise
-            except Exception as error:  # what a damaged file raises depends on where it is damaged
+            except Exception as error:  # the type depends on the place of the damage
                 raise DataError(
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
@@ -83,7 +84,7 @@ class Source:
 
 
 def shared_examples(a: Source, b: Source) -> int:
-    """How many examples two splits of the same prepared data have in common."""
+    """Returns the number of examples that two splits of the same prepared data have in common."""
     return sum(
         max(0, min(start + count, begin + many) - max(start, begin))
         for file, start, count in a.ranges
@@ -98,11 +99,11 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
     Args:
       task: a row of TASKS.
       split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
-      data_dir: as TFDS's; "": see `vit_jax.data.tasks.data_root`.
+      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`.
 
     Raises:
       NotPrepared: if the data are not there; the message names the command that prepares them.
-      DataError: if the split does not exist or is empty, or what is there is not what the task says.
+      DataError: if the split does not exist or is empty, or if the data are damaged or other data than the task says.
     """
     folder = find_prepared(task, data_dir)
     if folder is None:
@@ -114,23 +115,23 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
 
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # whatever a damaged description raises
+    except Exception as error:  # the type depends on the damage
         raise DataError(f"{folder} is damaged ({reason(error)}): delete it and prepare it again") from error
     info = builder.info
     if info.file_format.value != "array_record":
         raise DataError(
-            f"{folder} holds {info.file_format.value} files, expected array_record, which reads without TensorFlow: "
-            f"run `{prepare_command(task, data_dir='DIRECTORY')}` and give that directory as data_dir"
+            f"{folder} holds {info.file_format.value} files, expected array_record, which can be read without TensorFlow: "
+            f"run `{prepare_command(task, data_dir='DIRECTORY')}` and set data_dir to that directory"
         )
     try:
         examples = info.splits[split].num_examples
     except Exception as error:  # KeyError, ValueError or AssertionError
         raise DataError(
             f"{task.name} has no split {split!r}: expected one of {', '.join(info.splits)}, a slice of one such as "
-            "'train[:98%]', within its bounds, or a sum of such"
+            "'train[:98%]' within its bounds, or a sum of slices such as 'train+test'"
         ) from error
     if examples <= 0:
-        raise DataError(f"Split {split!r} of {task.name} is empty: expected a slice with at least one example")
+        raise DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
     label = info.features["label"]
     shape = info.features["image"].shape
     if (label.num_classes, shape) != (task.num_classes, task.image_shape):
@@ -138,7 +139,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
             f"{folder} holds images {shape} of {label.num_classes} classes, expected {task.image_shape} of {task.num_classes}"
         )
     try:
-        # Decoded here instead: TFDS's decoder logs a complaint where OpenCV is missing, which is no concern of ours.
+        # `take` decodes: TFDS's decoder logs a warning if OpenCV is not installed, which is not needed.
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
         raise DataError(f"{folder} cannot be read ({reason(error)}): delete it and prepare it again") from error
@@ -157,5 +158,5 @@ def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     with Image.open(io.BytesIO(file)) as image:
         pixels = np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
     if pixels.shape != shape:
-        raise ValueError(f"an image {pixels.shape}, expected {shape}")
+        raise ValueError(f"an image has the shape {pixels.shape}, expected {shape}")
     return pixels

@@ -1,6 +1,6 @@
-"""The table of tasks: what can be learnt, where it comes from and where TFDS keeps it.
+"""The table of tasks: data sets, where they come from and where TFDS keeps them.
 
-Standard library only, so that looking something up costs nothing.
+It imports only the standard library, so that a lookup is quick.
 """
 
 import dataclasses
@@ -10,11 +10,12 @@ import pathlib
 import re
 import shlex
 
-from vit_jax.errors import DataError
+from vit_jax.errors import DataError, UserError
+from vit_jax.files import expand_user
 
 
 class NotPrepared(DataError):
-    """A task that TFDS has no data of in this directory; the message names the command that prepares it."""
+    """There is no TFDS data of a task in the directory; the message names the command that prepares it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Archive:
     Attributes:
       url: address of the official file.
       sha256: of the official file, as hexadecimal digits.
-      folder: folder inside the tar that holds every file below.
-      files: split -> the files whose records, one after the other, are the split.
-      labels: in the order of their bytes in a record: TFDS's name for it -> (text file with a name a line, how many).
+      folder: the folder inside the tar that holds all files.
+      files: split -> the files whose concatenated records are the split.
+      labels: TFDS's name of a label -> (text file with one name a line, number of names), in the order of the labels' bytes
+        in a record.
       examples: split -> number of records.
       digests: split -> SHA-256 over the concatenated, sorted 32-byte SHA-256 digests of the records, which depends
-        neither on packing nor on order; empty where it is not known.
+        neither on packing nor on order; empty if it is not known.
     """
 
     url: str
@@ -43,11 +45,11 @@ class Archive:
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-    """A part of an archive, the same whatever its order: of every class the records of the smallest SHA-256.
+    """A part of an archive, which does not depend on its order: of each class the records with the smallest SHA-256.
 
     Attributes:
       version: of the data that results.
-      classes: names among the archive's "label"s; their places here are the new labels.
+      classes: names among the archive's "label"s; their positions here are the new labels.
       examples: split -> number of records of each class.
     """
 
@@ -58,18 +60,18 @@ class Excerpt:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learnt from what.
+    """A data set to train on and how it is split.
 
     Attributes:
-      name: of the row.
-      builder: TFDS's name for the data set, with its configuration where it has several ("sun397/tfds").
+      name: what the user calls it.
+      builder: TFDS's name of the data set, with the configuration if it has several ("sun397/tfds").
       num_classes: number of labels.
       image_shape: (height, width, 3) of every image.
-      mean, std: of the training images' channels, pixels scaled to [0, 1].
-      train_split, test_split: what is trained and tested on where nothing else is asked for, in TFDS's language.
-      data_dir: where TFDS finds the data; "": wherever the user keeps such data, see `data_root`.
-      archive: what `vit_jax.data.prepare` makes the data from; None: it cannot.
-      excerpt: the part of the archive that is the data; None: all of it.
+      mean, std: of the channels of the training images, pixels scaled to [0, 1].
+      train_split, test_split: the default splits, in TFDS's language.
+      data_dir: the directory with the data if they come with the package; "" otherwise.
+      archive: the archive that `vit_jax.data.prepare` makes the data from; None if it cannot make them.
+      excerpt: the part of the archive that is used; None for all of it.
     """
 
     name: str
@@ -149,43 +151,59 @@ TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 
 def task(name: str) -> Task:
-    """Returns the row of this name.
+    """Returns the task of this name.
 
     Raises:
-      DataError: if there is none; the message lists those that exist and the nearest.
+      DataError: if there is none; the message lists the tasks and suggests the nearest name.
     """
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"There is no task {name!r}: expected one of {', '.join(TASKS)}{hint}")
+    raise DataError(f"there is no task {name!r}: expected one of {', '.join(TASKS)}{hint}")
 
 
 def data_root(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:
-    """Returns the directory in which TFDS keeps the task's data set, by TFDS's own rules.
+    """Returns the directory in which TFDS keeps the task's data set.
 
-    The first of: `data_dir`, the task's own, the environment variable TFDS_DATA_DIR, ~/tensorflow_datasets. DataError where
-    that is in the home of nobody.
+    The first of: `data_dir`, the task's own directory, the environment variable TFDS_DATA_DIR, ~/tensorflow_datasets.
+
+    Raises:
+      DataError: if that is the home of a user who does not exist.
     """
-    chosen = os.fspath(data_dir) or task.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if chosen := os.fspath(data_dir) or task.data_dir:
+        name = "data_dir"
+    elif chosen := os.environ.get("TFDS_DATA_DIR", ""):
+        name = "TFDS_DATA_DIR"
+    else:
+        chosen, name = "~/tensorflow_datasets", "HOME"
     try:
-        return pathlib.Path(chosen).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{task.name} cannot lie in {chosen} ({error})") from None
+        return expand_user(chosen, name)
+    except UserError as error:
+        raise DataError(str(error)) from None
 
 
 def find_prepared(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path | None:
-    """Returns the folder of the newest version there is, `<data_root>/<builder>/<version>`; None: not prepared."""
+    """Returns the folder of the task's prepared data, or None if they are not prepared.
+
+    The folder is `<data_root>/<builder>/<newest version>`. Data that come with the package are found with any `data_dir`; a
+    version in `data_dir` comes first.
+    """
+    return find_version(task, data_root(task, data_dir)) or (find_version(task, data_root(task)) if task.data_dir else None)
+
+
+def find_version(task: Task, root: pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder of the newest version of the task's data set in one directory; None if there is none."""
     found = {}
-    for info in (data_root(task, data_dir) / task.builder).glob("*/dataset_info.json"):
-        # What is not named as a version is TFDS's unfinished work ("incomplete.XXXXXX_3.0.2").
+    for info in (root / task.builder).glob("*/dataset_info.json"):
+        # A folder with another name than a version is TFDS's unfinished work ("incomplete.XXXXXX_3.0.2").
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name):
             found[tuple(int(part) for part in info.parent.name.split("."))] = info.parent
     return found[max(found)] if found else None
 
 
 def prepare_command(task: Task, data_dir: str | os.PathLike = "", archive: str = "") -> str:
-    """Returns the command line that prepares the task, with the options that are given."""
+    """Returns the command line that prepares the task, with the given options."""
     options = [("--archive", archive), ("--data_dir", os.fspath(data_dir))]
     given = [f"{option} {shlex.quote(value)}" for option, value in options if value]
     return " ".join([f"python -m vit_jax.data prepare {task.name}", *given])

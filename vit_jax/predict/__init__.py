@@ -1,9 +1,9 @@
-"""What a model sees in images: `Classifier` in Python, `python -m vit_jax.predict` on a command line."""
+"""Classification of images: `Classifier` in Python, `python -m vit_jax.predict` on a command line."""
 
 import importlib
 from typing import Any
 
-# Name → module, looked up when first used (PEP 562): the command line imports this file before it can be interrupted quietly.
+# Name → module, imported when first used (PEP 562), because the command line imports this file before it handles Ctrl-C.
 _DOORS = {"Classifier": "classifier", "ImageError": "images"}
 
 __all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]

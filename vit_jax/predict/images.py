@@ -1,8 +1,8 @@
-"""Images from anywhere, as a model wants them: read, turned upright, in RGB, of its size. On the host, for threads.
+"""Images from any source as a model sees them: read, oriented, in RGB, of the model's size. On the host, in threads.
 
-An image is seen as evaluation sees it, resized straight to the model's size without antialiasing, until it is four times as
-large or more: then sampling so few of its pixels would show noise and not the image, and whole blocks of pixels are averaged
-first, so that two to three times the size are left.
+An image is resized to the model's size without antialiasing, as in evaluation. If a side is four times as long as the model's
+or more, that would pick a few of its pixels and show noise. So blocks of pixels are averaged first, until the side is two to
+three times as long.
 """
 
 import io
@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from vit_jax.errors import ImageError
+from vit_jax.errors import ImageError, reason, root_cause
 from vit_jax.fetch import Refused
 from vit_jax.fetch import read as download
 
-# A path or an http(s) address; a file's bytes, or what returns them; an image; uint8 pixels.
+# A path or an http(s) address, the bytes of a file, a function that returns them, an image, or uint8 pixels.
 Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndarray
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has EPS run another program
-MOST_BYTES = 100 * 2**20  # that are taken from an address
-_PATIENCE = 300.0  # seconds for the whole of an image
-_LARGE = 2**24  # pixels from which on one thread decodes all images
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: Pillow runs a program for it
+MAX_BYTES = 100 * 2**20  # that are read from an address or standard input
+_DOWNLOAD_SECONDS = 300.0
+_LARGE = 2**24  # pixels; a single thread decodes all images with more
 # A lock does not suffice: glibc's malloc keeps what a thread freed for that thread, so eight threads that take turns
 # still hold eight decoded images.
 _large_images = ThreadPoolExecutor(1, thread_name_prefix="large-images")
-_one_given = threading.Lock()  # the same image may be given twice, and Pillow's loading is no work for two threads
+_pil_lock = threading.Lock()  # the same PIL image may be given twice, and two threads must not load it at once
 
 
 def is_address(source: Any) -> bool:
@@ -39,8 +39,8 @@ def is_address(source: Any) -> bool:
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
-def within(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """The files below a folder whose names end as an image's do, in the order of their names; hidden ones are left out."""
+def image_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the files below a folder that have the suffix of an image, in the order of their names, without hidden ones."""
     for root, folders, files in os.walk(os.fspath(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -48,108 +48,131 @@ def within(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def read(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
-    """What a model of a size, (height, width), sees of an image: float32 [height, width, 3] in [0, 255].
+def read_image(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
+    """Returns an image as a model of a size sees it.
 
-    ImageError, which calls it `name`, where it cannot be read.
+    Args:
+      source: the image.
+      size: (height, width) of the model's images.
+      name: what errors call the image.
+
+    Returns:
+      float32 [height, width, 3] in [0, 255].
+
+    Raises:
+      ImageError: if the image cannot be read.
     """
     return resize(np.asarray(open_image(source, size, name)), size)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`transforms.geometry.resize` of one image, uint8 [H, W, 3] → float32 [height, width, 3], equal to it but for rounding.
+    """Resizes one image as `transforms.geometry.resize` does, up to rounding: uint8 [H, W, 3] → float32 [height, width, 3].
 
-    On the host because images come in all sizes, and a device would compile a program for each of them.
+    On the host because images have all sizes, and a device would need a program for each of them.
     """
-    (top, up), (bottom, down) = _taps(pixels.shape[0], size[0])
-    rows = pixels[top] * up[:, None, None] + pixels[bottom] * down[:, None, None]
-    (left, before), (right, after) = _taps(pixels.shape[1], size[1])
-    return rows[:, left] * before[None, :, None] + rows[:, right] * after[None, :, None]
+    (top, top_weight), (bottom, bottom_weight) = _neighbours(pixels.shape[0], size[0])
+    rows = pixels[top] * top_weight[:, None, None] + pixels[bottom] * bottom_weight[:, None, None]
+    (left, left_weight), (right, right_weight) = _neighbours(pixels.shape[1], size[1])
+    return rows[:, left] * left_weight[None, :, None] + rows[:, right] * right_weight[None, :, None]
 
 
-def _taps(length: int, out: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The two pixels, and their float32 weights, that each of `out` pixels is made from: geometry's, operation by operation."""
+def _neighbours(length: int, out: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The two pixels of `length`, and their float32 weights, that each of `out` pixels is the sum of.
+
+    The operations are those of `transforms.geometry`, in the same order.
+    """
     # Rounded once, as compiled programs do, which multiply and add in one operation.
     position = ((np.arange(out) + 0.5) * np.float64(np.float32(length / out)) - 0.5).astype(np.float32)
     position = np.clip(position, 0, length - 1)
     first = np.floor(position)
-    at = first.astype(np.int64)
-    return (at, 1 - (position - first)), (np.minimum(at + 1, length - 1), 1 - (first + 1 - position))
+    index = first.astype(np.int64)
+    return (index, 1 - (position - first)), (np.minimum(index + 1, length - 1), 1 - (first + 1 - position))
 
 
 def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
-    """An image in RGB, turned as its EXIF says; sides of four times `size`, (height, width), or more come reduced.
+    """Returns an image in RGB, rotated as its EXIF data say; sides of four times `size` or more are reduced.
 
-    What is transparent lies on white; grey, palettes and CMYK become RGB; of 16 bits the higher 8 are taken; of an animation
-    the first image. Colour profiles are not applied. ImageError, which calls it `name`, where it cannot be read, among
-    them files of more than PIL.Image.MAX_IMAGE_PIXELS (89 million, unless somebody sets it).
+    Transparent pixels are laid on white. Grey, palette and CMYK images become RGB; of 16 bits the higher 8 are taken; of an
+    animation the first image. Colour profiles are not applied.
+
+    Args:
+      source: the image.
+      size: (height, width) of the model's images.
+      name: what errors call the image.
+
+    Raises:
+      ImageError: if the image cannot be read or has more than PIL.Image.MAX_IMAGE_PIXELS pixels (89 million by default).
     """
     try:
         if isinstance(source, Image.Image):
-            with _one_given:
+            with _pil_lock:
                 source.load()
-                source = _turned(source)
-            return _upright(source, size, name)
+                source = _oriented(source)
+            return _to_rgb(source, size, name)
         if isinstance(source, np.ndarray):
-            return _upright(_of_array(source, name), size, name)
-        return _of_file(source, size, name)
+            return _to_rgb(_from_array(source, name), size, name)
+        return _open_file(source, size, name)
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"there is no file {name}") from None
+        raise ImageError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no image of a kind that is read here: {', '.join(_FORMATS)}") from None
+        raise ImageError(f"{name} is not an image in a supported format ({', '.join(_FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
-    except Exception as error:  # Pillow raises whatever its decoders stumble over
-        raise ImageError(f"{name} cannot be read ({_reason(error)})") from None
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise ImageError(f"{name} cannot be read ({reason(root_cause(error))})") from None
 
 
 def fetch(address: str) -> bytes:
-    """What an http(s) address answers with; ImageError where it is a page or too large, and where nothing comes."""
+    """Downloads an image from an http(s) address.
+
+    Raises:
+      ImageError: if the download fails, takes too long or is too large, and if the address is that of a page.
+    """
     try:
-        content, kind = download(address, MOST_BYTES, _PATIENCE)
+        content, kind = download(address, MAX_BYTES, _DOWNLOAD_SECONDS)
     except Refused as error:
-        raise ImageError(f"{address} cannot be fetched ({error})") from None
+        raise ImageError(f"{address} cannot be downloaded ({error})") from None
     if kind in ("text/html", "application/xhtml+xml"):
         raise ImageError(f"{address} is a page ({kind}), not an image: give the address of the image on it")
     return content
 
 
-def _of_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
+def _open_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
     if is_address(source):
         source = fetch(source)
     elif callable(source):
         source = source()
     elif not isinstance(source, bytes) and Path(source).is_dir():
-        first = next(within(source), None)
-        raise ImageError(f"{name} is a folder {f'of images: name them, as {first}' if first else 'without images'}")
+        first = next(image_files(source), None)
+        raise ImageError(f"{name} is a folder {f'of images: give its files, such as {first}' if first else 'without images'}")
     elif not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
-        raise ImageError(f"{name} is no regular file")  # a pipe could be waited at for ever
+        raise ImageError(f"{name} is not a regular file")  # reading a pipe could wait for ever
     if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
         raise ImageError(f"{name} is empty")
     Image.init()
-    known = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF came with Pillow 11.3
+    formats = [kind for kind in _FORMATS if kind in Image.OPEN]  # a Pillow may be built without some of them
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    if _fills_memory_when_opened(source):
-        return _large_images.submit(_decode, file, known, size, name).result()
-    return _decode(file, known, size, name, share=True)
+    if _is_decoded_when_opened(source):
+        return _large_images.submit(_decode, file, formats, size, name).result()
+    return _decode(file, formats, size, name, move_large=True)
 
 
-def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, share: bool = False) -> Image.Image:
-    """An image file as RGB; with `share` the thread for large images decodes it if it is large."""
+def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, move_large: bool = False) -> Image.Image:
+    """Reads an image file as RGB; with `move_large`, the thread for large images decodes it if it is large."""
     with Image.open(file, formats=formats) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise _too_large(name)
-        # A JPEG is decoded at a half, a quarter or an eighth, which is quicker and needs less memory; never below 2 · size.
+        # A JPEG is decoded at a half, a quarter or an eighth, which is faster and needs less memory; never below 2 · size.
         image.draft(None, (2 * max(size), 2 * max(size)))
-        if share and image.width * image.height > _LARGE:
-            return _large_images.submit(_upright, image, size, name).result()
-        return _upright(image, size, name)
+        if move_large and image.width * image.height > _LARGE:
+            return _large_images.submit(_to_rgb, image, size, name).result()
+        return _to_rgb(image, size, name)
 
 
-def _fills_memory_when_opened(source: Any) -> bool:
-    """Whether Pillow has memory for all pixels of a file as soon as it opens it, as it does of WebP and AVIF."""
+def _is_decoded_when_opened(source: Any) -> bool:
+    """Whether Pillow allocates all pixels of a file when it opens it, as it does for WebP and AVIF."""
     if isinstance(source, bytes):
         head = source[:12]
     else:
@@ -158,23 +181,25 @@ def _fills_memory_when_opened(source: Any) -> bool:
     return head[8:] == b"WEBP" or head[4:8] == b"ftyp"
 
 
-def _of_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8:
         raise ImageError(f"{name} has pixels of type {array.dtype}, expected uint8, from 0 to 255")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise ImageError(
-            f"{name} has the shape {list(array.shape)}, expected [height, width], or [height, width, channels] of 1, 3 or 4"
+            f"{name} has the shape {list(array.shape)}, expected [height, width] or [height, width, channels] with 1, 3 or 4 "
+            "channels"
         )
     return Image.fromarray(array)
 
 
-def _upright(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+    """Decodes an image and returns it oriented, reduced and in RGB."""
     image.load()
-    image = _turned(image)
+    image = _oriented(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _of_16_bits(image, name)
+        image = _to_8_bits(image, name)
     transparent = image.has_transparency_data
     if image.mode != (mode := "RGBA" if transparent else "RGB"):
         image = image.convert(mode)
@@ -186,34 +211,28 @@ def _upright(image: Image.Image, size: tuple[int, int], name: str) -> Image.Imag
     return image
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def _oriented(image: Image.Image) -> Image.Image:
+    """The image rotated and flipped as its EXIF data say; unchanged if they are damaged."""
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF does not say how the image lies
+    except Exception:  # damaged data raise errors of many types
         pass
     return image
 
 
-def _of_16_bits(image: Image.Image, name: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """The higher bytes of a grey image of 16 bits, which Pillow may hold in 32."""
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
-        raise ImageError(f"{name} has pixels of 32 bits, whose range nothing says: save it with 8 or 16 bits a channel")
-    if 0 < pixels.max() < 2**8:  # an image of 8 bits or a dark one of 16, which would come out black
+        raise ImageError(f"{name} has 32 bits per pixel, in an unknown range: save it with 8 or 16 bits per channel")
+    if 0 < pixels.max() < 2**8:  # an image of 8 bits or a dark one of 16, which would become black
         raise ImageError(
-            f"{name} has more than 8 bits a pixel and no value above 255, so its range is unknown: save it with 8 bits"
+            f"{name} has more than 8 bits per pixel and no value above 255, so its range is unknown: save it with 8 bits"
         )
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _too_large(name: str) -> ImageError:
-    most = f"{Image.MAX_IMAGE_PIXELS:,} pixels that are read (PIL.Image.MAX_IMAGE_PIXELS)"
-    return ImageError(f"{name} has more than the {most}: scale it down first")
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause of an exception, in one line."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+    limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
+    return ImageError(f"{name} has more than {limit}: make it smaller, or raise the limit")

@@ -1,4 +1,4 @@
-"""The command line: every image answered or named, whatever else is wrong."""
+"""The command line of prediction: every image is classified or named in an error."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit_jax.errors import ImageError
 from vit_jax.predict import images
-from vit_jax.predict.__main__ import _DRAWN, main
+from vit_jax.predict.__main__ import _DRAWN_SIZE, main
 
 from .conftest import NAMES, save
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(noise, tmp_path):
-    """Three good images, of which one lies deeper, and two bad ones."""
+    """A folder with three images, one of them in a subfolder, and two bad files."""
     (tmp_path / "deep").mkdir()
     for name in ("a.png", "c.png", "deep/d.png"):
         Image.fromarray(noise(20, 40)).save(tmp_path / name)
@@ -31,7 +31,7 @@ def folder(noise, tmp_path):
     return tmp_path
 
 
-def test_every_image_is_answered_or_named(run, classify, folder, capsys):
+def test_every_image_is_classified_or_named_in_an_error(run, classify, folder, capsys):
     good = [str(folder / name) for name in ("a.png", "c.png", "deep/d.png")]
     assert main(["--checkpoint", str(run), "--json", "--top", "3", str(folder), str(folder / "none.png")]) == 1
     out, error = capsys.readouterr()
@@ -41,11 +41,13 @@ def test_every_image_is_answered_or_named(run, classify, folder, capsys):
         assert [found["name"] for found in line["predictions"]] == [name for name, _ in expected]
         np.testing.assert_allclose([found["probability"] for found in line["predictions"]], [p for _, p in expected], atol=1e-6)
     said = error.splitlines()
-    assert len(said) == 3 and all(sentence.startswith("error: ") for sentence in said)
-    assert f"{folder}/b.jpg is no image" in said[0] and f"{folder}/e.png cannot be read" in said[1] and "none.png" in said[2]
+    assert len(said) == 3 and all(line.startswith("error: ") for line in said)
+    assert (
+        f"{folder}/b.jpg is not an image" in said[0] and f"{folder}/e.png cannot be read" in said[1] and "none.png" in said[2]
+    )
 
 
-def test_text_for_people(run, classify, folder, capsys):
+def test_text_lists_the_top_classes(run, classify, folder, capsys):
     assert main(["--checkpoint", str(run), str(folder / "a.png"), str(folder / "c.png"), "--top", "2"]) == 0
     out, error = capsys.readouterr()
     ((first, share), _), _ = classify([folder / "a.png", folder / "c.png"], top=2)
@@ -54,12 +56,12 @@ def test_text_for_people(run, classify, folder, capsys):
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2"])
-def test_small_batches(run, folder, capsys, batch_size):
+def test_small_batches_classify_all_images(run, folder, capsys, batch_size):
     assert main(["--checkpoint", str(run), "--json", "--batch_size", batch_size, str(folder)]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_standard_input(run, folder, capsys, monkeypatch):
+def test_standard_input_is_an_image(run, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes())))
     assert main(["--checkpoint", str(run), "-", "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
@@ -68,20 +70,20 @@ def test_standard_input(run, folder, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: standard input is empty\n"
 
 
-def test_streams_that_are_closed(run, folder, capsys, monkeypatch):
+def test_closed_streams_are_an_error(run, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["--checkpoint", str(run), "-"]) == 1
     assert capsys.readouterr().err == "error: standard input is closed\n"
     with monkeypatch.context() as closed:
         closed.setattr(sys, "stdout", None)
         assert main(["--checkpoint", str(run), str(folder / "a.png")]) == 1
-    assert capsys.readouterr().err == "error: standard output is closed, and the answers go there\n"
+    assert capsys.readouterr().err == "error: standard output is closed\n"
 
 
 @pytest.mark.parametrize("package", ["jax", "PIL"])
 @pytest.mark.parametrize("interrupt", ["raise KeyboardInterrupt", "lost()"])
-def test_an_interruption_while_it_starts_is_quiet(package, interrupt):
-    """Also where a library loses it, as JAX's callback of the garbage collector does."""
+def test_interruption_during_imports_prints_no_traceback(package, interrupt):
+    """Also if a library catches it, as JAX's callback of the garbage collector does."""
     code = f"""
 import contextlib, runpy, signal, sys
 
@@ -103,20 +105,20 @@ runpy.run_module("vit_jax.predict", run_name="__main__")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-def test_an_image_that_goes_before_it_is_drawn(run, folder, capsys, monkeypatch):
+def test_image_removed_before_it_is_drawn_is_an_error(run, folder, capsys, monkeypatch):
     read = images.open_image
 
     def open_image(source, size, name):
-        if size == (_DRAWN, _DRAWN):
-            raise ImageError(f"there is no file {name}")
+        if size == (_DRAWN_SIZE, _DRAWN_SIZE):
+            raise ImageError(f"{name} does not exist")
         return read(source, size, name)
 
     monkeypatch.setattr(images, "open_image", open_image)
     assert main(["--checkpoint", str(run), str(folder / "a.png"), "--attention", str(folder / "x.png")]) == 1
-    assert capsys.readouterr().err == f"error: there is no file {folder}/a.png\n"
+    assert capsys.readouterr().err == f"error: {folder}/a.png does not exist\n"
 
 
-def test_attention_is_drawn(run, folder, capsys, monkeypatch):
+def test_attention_is_written_as_png(run, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes())))
     out = folder / "new" / "attention.png"
     assert main(["--checkpoint", str(run), str(folder), "-", "--attention", str(out)]) == 1
@@ -126,7 +128,7 @@ def test_attention_is_drawn(run, folder, capsys, monkeypatch):
     assert [path.name for path in out.parent.iterdir()] == ["attention.png"]
 
 
-def test_attention_is_refused_where_there_is_none(folder, tmp_path, capsys):
+def test_attention_of_a_model_without_class_token_is_an_error(folder, tmp_path, capsys):
     path = save(tmp_path / "gap.npz", classifier="gap")
     assert main(["--checkpoint", str(path), str(folder), "--attention", str(tmp_path / "x.png")]) == 1
     out, error = capsys.readouterr()
@@ -136,28 +138,29 @@ def test_attention_is_refused_where_there_is_none(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["x.png", "--top", "0"], "argument --top: expected a whole number from 1 on, got '0'"),
-        (["x.png", "--batch_size", "x"], "argument --batch_size: expected a whole number from 1 on, got 'x'"),
-        (["x.png", "--attention", "x.jpg"], "argument --attention: expected a name that ends in .png, got 'x.jpg'"),
-        ([f"{number}.png" for number in range(65)] + ["--attention", "x.png"], "draws 64 images at most, these are 65"),
-        ([], "the following arguments are required: PICTURE"),
+        (["x.png", "--top", "0"], "argument --top: must be a whole number of at least 1, got '0'"),
+        (["x.png", "--batch_size", "x"], "argument --batch_size: must be a whole number of at least 1, got 'x'"),
+        (["x.png", "--attention", "x.jpg"], "argument --attention: must end in .png, got 'x.jpg'"),
+        ([f"{number}.png" for number in range(65)] + ["--attention", "x.png"], "draws at most 64 images, got 65"),
+        ([], "the following arguments are required: IMAGE"),
+        ([""], "--checkpoint and images must not be empty"),
         (["x.png", "--colour"], "unrecognized arguments: --colour"),
     ],
 )
-def test_a_wrong_command_line(run, capsys, arguments, said):
+def test_wrong_command_line_is_status_2(run, capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
         main(["--checkpoint", str(run), *arguments])
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_not_there(folder, capsys):
+def test_missing_checkpoint_is_an_error(folder, capsys):
     assert main(["--checkpoint", str(folder / "none.npz"), str(folder)]) == 1
     assert main(["--checkpoint", str(folder), str(folder)]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: there is no file ") and "is a folder without weights" in second
 
 
-def test_answers_survive_a_standard_error_that_is_full(run, folder):
+def test_full_standard_error_keeps_the_answers(run, folder):
     command = [sys.executable, "-m", "vit_jax.predict", "--checkpoint", str(run), "--json", str(folder)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, text=True)
@@ -170,7 +173,7 @@ def test_probabilities_that_are_not_finite_are_an_error(run, folder, tmp_path, c
     shutil.copy(run / "final.json", tmp_path / "x.json")
     assert main(["--checkpoint", str(tmp_path / "x.npz"), "--json", str(folder / "a.png")]) == 1
     out, error = capsys.readouterr()
-    assert out == "" and "probabilities that are not finite" in error
+    assert out == "" and "probabilities are not finite" in error
 
 
 def test_names_are_printed_without_control_characters(run, folder, capsys):
@@ -189,12 +192,12 @@ def test_warnings_about_weights_print_names_without_control_characters(folder, c
     assert said.count("bare\\x1b[31m\\u202e.npz") == 2 and "attention: " in said and not {"\x1b", "\u202e"} & {*said}
 
 
-def test_a_folder_without_images(run, tmp_path, capsys):
+def test_folder_without_images_is_an_error(run, tmp_path, capsys):
     assert main(["--checkpoint", str(run), str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} is a folder without images\n"
 
 
-def test_it_runs_as_a_module_and_bears_a_reader_who_leaves(run, folder):
+def test_closed_pipe_is_no_error(run, folder):
     command = [sys.executable, "-m", "vit_jax.predict", "--checkpoint", str(run), "--batch_size", "1", "--json"]
     process = subprocess.Popen(
         [*command, *100 * [str(folder / "a.png")]],

@@ -19,7 +19,9 @@ def test_same_run_twice_is_an_error(run, tmp_path, capsys):
 
 
 def test_options_and_errors(run, tmp_path, capsys, unrendered):
-    assert main([str(run), "--output", str(tmp_path / "page.html"), "--images", "1", "--layers", "1,2", "--heads", "1"]) == 0
+    assert (
+        main([str(run), "--output", str(tmp_path / "page.html"), "--num_images", "1", "--layers", "1,2", "--heads", "1"]) == 0
+    )
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     assert (tmp_path / "figures" / "heads_1.png").is_file()
     for arguments, message in [
@@ -37,7 +39,7 @@ def test_options_and_errors(run, tmp_path, capsys, unrendered):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--images" in capsys.readouterr().out
+    assert "--num_images" in capsys.readouterr().out
 
 
 def test_attention_options_need_a_single_run(run, capsys):

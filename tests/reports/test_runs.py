@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.reports.pages import edit
+from vit_jax.config import check
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, DataError, ReportError
 from vit_jax.reports.page import write
@@ -40,11 +41,11 @@ def test_folder_that_is_not_a_run_is_an_error(tmp_path):
 def test_invalid_config_is_a_one_line_error(run, content):
     (run / "config.json").write_text(content)
     with pytest.raises(ConfigError) as expected:
-        from_json(content, str(run / "config.json"))
+        check(from_json(content, str(run / "config.json")))
     with pytest.raises(ReportError) as error:
         read_run(run)
-    assert str(expected.value) in str(error.value) and str(run / "config.json") in str(error.value)
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert str(expected.value) in message and str(run / "config.json") in message and "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run to report on, really trained and tiny, and a real browser to look at the page with."""
+"""A small trained run to report on, and a real browser to open pages in."""
 
 import json
 import re
@@ -41,19 +41,27 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it that a test may spoil."""
+    """A copy of the finished run, which a test may change."""
     return shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
 
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Figures are made but saved as a white point: for tests of what is drawn, not of how it looks."""
+    """Figures are made but saved as one white pixel: for tests that do not depend on how figures look."""
     white = Image.new("RGB", (1, 1), "white")
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: white.save(file, "png"))
 
 
+@pytest.fixture
+def predictions():
+    """Logits and labels of 4 classes, most of them correct."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 4, 300)
+    return (draw.normal(size=(300, 4)) + 1.5 * np.eye(4)[labels]).astype(np.float32), labels.astype(np.int32)
+
+
 class Browser:
-    """Chromium without a window, driven by chromedriver over the WebDriver protocol: https://www.w3.org/TR/webdriver2/."""
+    """Chromium without a window, controlled by chromedriver over the WebDriver protocol (https://www.w3.org/TR/webdriver2/)."""
 
     _FLAGS = (
         *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
@@ -78,21 +86,21 @@ class Browser:
             return json.load(response)["value"]
 
     def open(self, page: Path, width: int) -> None:
-        """Shows a page in a window so many pixels wide, as a phone's below 600."""
+        """Opens a page in a window of a width in pixels; below 600, as a phone does."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
         self._call("/url", {"url": page.as_uri()})
 
     def ask(self, script: str):
-        """What a script in the page returns."""
+        """Returns the result of a script in the page."""
         return self._call("/execute/sync", {"script": script, "args": []})
 
     def console(self) -> list[dict]:
-        """What the page has written to the console since this was last asked."""
+        """Returns the console messages since the last call."""
         return self._call("/se/log", {"type": "browser"})
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since this was last asked."""
+        """Returns the addresses requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self._call("/se/log", {"type": "performance"})]
         return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 

@@ -1,4 +1,4 @@
-"""Attention added up: equal to the plain computation, to the original's maps, and meaning what it shows."""
+"""Attention rollout and distances equal plain computations and the original, and show what a model attends to."""
 
 import functools
 
@@ -15,13 +15,17 @@ from vit_jax.reports.attention import distances
 from vit_jax.transforms.preprocess import preprocess
 
 
+# Compilation takes most of the time of these tests.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def maps_of(layers, batch, heads, tokens, seed=0):
     draw = np.random.default_rng(seed)
     return draw.dirichlet(np.full(tokens, 0.3), size=(layers, batch, heads, tokens)).astype(np.float32)
 
 
 def plain_rollout(maps, grid):
-    """As the report words it, an image and a layer at a time, with whole matrices."""
+    """Rollout of one image and one layer at a time, with whole matrices."""
     images = []
     for at in range(maps.shape[1]):
         product = np.eye(maps.shape[-1])
@@ -53,7 +57,7 @@ def plain_distances(maps, stride, grid, first):
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5), (5, 2), (1, 1)])
-def test_equal_to_the_plain_computation(grid):
+def test_rollout_and_distances_equal_plain_computations(grid):
     maps = maps_of(3, 2, 2, grid[0] * grid[1] + 1)
     found = attention_rollout(maps, grid)
     assert found.dtype == np.float32 and found.shape == (2, *grid) and (found.max(axis=(1, 2)) == 1).all()
@@ -65,31 +69,31 @@ def test_equal_to_the_plain_computation(grid):
         np.testing.assert_allclose(found, plain_distances(maps, 16, grid, first), rtol=1e-6, atol=1e-6)
 
 
-def test_a_square_grid_needs_no_telling():
+def test_default_grid_is_square():
     maps = maps_of(2, 3, 2, 17)
     assert (attention_rollout(maps) == attention_rollout(maps, (4, 4))).all()
     assert (distances(maps, 8) == distances(maps, 8, (4, 4))).all()
     assert (attention_rollout(jnp.asarray(maps)) == attention_rollout(maps)).all()
 
 
-def test_maps_of_a_model_that_computes_in_bfloat16():
+def test_bfloat16_maps_are_computed_in_float64():
     maps = jnp.asarray(maps_of(2, 2, 2, 10), jnp.bfloat16)
     exact = np.asarray(maps, np.float32)
     np.testing.assert_allclose(attention_rollout(maps), attention_rollout(exact), atol=1e-6)
     np.testing.assert_allclose(distances(maps, 8), distances(exact, 8), rtol=1e-6)
 
 
-def test_attention_that_stays_where_it_is():
-    still = np.broadcast_to(np.eye(10, dtype=np.float32), (2, 1, 2, 10, 10))
-    assert (distances(still, 16) == 0).all()
-    # Patches that give the class token all their attention are left with nothing to weigh.
-    away = np.zeros((1, 1, 1, 10, 10), np.float32)
-    away[..., 0] = 1
-    assert (distances(away, 16) == 0).all()
+def test_distance_of_attention_to_itself_is_zero():
+    identity = np.broadcast_to(np.eye(10, dtype=np.float32), (2, 1, 2, 10, 10))
+    assert (distances(identity, 16) == 0).all()
+    # Patches that attend only to the class token have no other weights.
+    to_class = np.zeros((1, 1, 1, 10, 10), np.float32)
+    to_class[..., 0] = 1
+    assert (distances(to_class, 16) == 0).all()
 
 
 @pytest.mark.parametrize(
-    ("shape", "grid", "said"),
+    ("shape", "grid", "message"),
     [
         ((2, 1, 2, 16, 16), None, "16 tokens are no class token and a square of patches"),
         ((2, 1, 2, 10, 10), (2, 4), "10 tokens are no class token and a grid of 2×4"),
@@ -97,24 +101,24 @@ def test_attention_that_stays_where_it_is():
         ((1, 2, 10, 10), None, "attention maps are [layers, B, heads, tokens, tokens], got [1, 2, 10, 10]"),
     ],
 )
-def test_rollout_is_refused_where_there_is_no_class_row(shape, grid, said):
+def test_rollout_without_class_row_is_an_error(shape, grid, message):
     with pytest.raises(ValueError, match="attention maps|tokens") as error:
         attention_rollout(np.ones(shape, np.float32), grid)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_distances_are_refused_where_there_is_no_grid():
-    with pytest.raises(ValueError, match="12 tokens make no grid"):
+def test_distances_without_grid_are_an_error():
+    with pytest.raises(ValueError, match="12 tokens are not a square of patches"):
         distances(np.ones((1, 1, 1, 12, 12), np.float32), 16)
 
 
 @pytest.mark.parametrize("name", ["tiny-augreg", "tiny-i21k", "tiny-rstem-i21k", "tiny-r3-augreg", "tiny-linen"])
-def test_equal_to_the_originals(shared, name):
+def test_rollout_and_distances_equal_the_original(shared, name):
     folder = shared / "oracles" / name
     io = np.load(folder / "io.npz")
     size = min(int(key.rsplit("_", 1)[1]) for key in io.files if key.startswith("images_u8_"))
     model, params = load(folder / "ckpt.npz")
-    maps = jax.jit(attention_maps, static_argnums=0)(model, params, preprocess(io[f"images_u8_{size}"], size))
+    maps = _jit(attention_maps, static_argnums=0)(model, params, preprocess(io[f"images_u8_{size}"], size))
     theirs = io["up_attn"]
     np.testing.assert_allclose(maps, theirs, atol=1e-5 * theirs.max(), rtol=0)
     grid = (size // model.stride,) * 2
@@ -124,26 +128,24 @@ def test_equal_to_the_originals(shared, name):
 
 
 _PATCH, _GRID, _SQUARE = 4, 6, 2  # pixels; patches a side; patches a side of the square
-# Compiling in a hurry: it is what takes the time here.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def squares(count, seed):
-    """Images, classes and places of a bright square among noise. Every patch is tinted; the class is the square's tint.
+    """Returns images, classes and positions of a bright square among noise.
 
-    So a tint alone tells nothing, and the class token has to look at what is bright.
+    Every patch has a tint, and the class is the tint of the square: the class token has to attend to the bright patches.
     """
     draw = np.random.default_rng(seed)
     tints = np.array([[r, g, b] for r in (-0.5, 0.5) for g in (-0.5, 0.5) for b in (-0.5, 0.5)], np.float32)
     patches = tints[draw.integers(0, 8, (count, _GRID, _GRID))] - 0.3
-    classes, places = draw.integers(0, 8, count), draw.integers(0, _GRID - _SQUARE + 1, (count, 2))
-    for patch, tint, (y, x) in zip(patches, tints[classes], places, strict=True):
+    classes, positions = draw.integers(0, 8, count), draw.integers(0, _GRID - _SQUARE + 1, (count, 2))
+    for patch, tint, (y, x) in zip(patches, tints[classes], positions, strict=True):
         patch[y : y + _SQUARE, x : x + _SQUARE] = 1 + tint
     images = patches.repeat(_PATCH, axis=1).repeat(_PATCH, axis=2)
-    return images + draw.normal(scale=0.2, size=images.shape).astype(np.float32), classes, places
+    return images + draw.normal(scale=0.2, size=images.shape).astype(np.float32), classes, positions
 
 
-def test_a_model_that_finds_a_bright_square_attends_to_it():
+def test_rollout_peaks_at_what_a_trained_model_uses():
     model = build("B/8", patch_size=_PATCH, hidden_size=32, num_layers=2, num_heads=4, mlp_dim=64, num_classes=8)
     optimizer = optax.adam(3e-3)
     blank = jnp.zeros((1, _GRID * _PATCH, _GRID * _PATCH, 3))
@@ -163,24 +165,24 @@ def test_a_model_that_finds_a_bright_square_attends_to_it():
     for at in range(0, len(images), 64):
         trained, state = step(trained, state, images[at : at + 64], classes[at : at + 64])
 
-    images, classes, places = squares(256, seed=2)
-    look = _jit(lambda params: (model.apply({"params": params}, images), attention_maps(model, params, images)))
+    images, classes, positions = squares(256, seed=2)
+    predict = _jit(lambda params: (model.apply({"params": params}, images), attention_maps(model, params, images)))
 
-    def found(params):
-        """The shares of images whose class is right and of those whose peak lies in the square."""
-        logits, maps = look(params)
+    def shares(params):
+        """Returns the shares of images with the correct class and with the peak of rollout in the square."""
+        logits, maps = predict(params)
         peaks = np.stack(
             np.unravel_index(attention_rollout(maps).reshape(len(images), -1).argmax(axis=1), (_GRID, _GRID)), axis=1
         )
-        inside = ((peaks >= places) & (peaks < places + _SQUARE)).all(axis=1)
+        inside = ((peaks >= positions) & (peaks < positions + _SQUARE)).all(axis=1)
         return np.mean(logits.argmax(axis=1) == classes), inside.mean()
 
-    right, inside = found(trained)
-    assert right > 0.98
+    accuracy, inside = shares(trained)
+    assert accuracy > 0.98
     assert inside >= 0.9
-    assert found(start)[1] < 0.4  # it is training that makes it look there
+    assert shares(start)[1] < 0.4  # before training it does not
 
 
-def test_a_class_token_that_looks_at_itself_alone_gives_zeros():
+def test_rollout_of_a_class_token_that_attends_only_to_itself_is_zero():
     maps = np.broadcast_to(np.eye(5), (2, 1, 3, 5, 5))
     assert not attention_rollout(maps).any()

@@ -1,4 +1,4 @@
-"""HTML of a page: its frame and style, tables, notes and figures, and how numbers are written."""
+"""The HTML of a page: frame, style, tables, notices and figures; and how numbers are written."""
 
 import base64
 import html
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import printable
-from vit_jax.reports.drawings import Drawing
+from vit_jax.reports.sections import CaptionedFigure
 
 NONE = "–"
-_PIXELS = 800  # width of a saved figure; of a wide one twice that
+_PIXELS = 800  # width of a saved figure; a wide figure has twice that
 _STYLE = """
 :root { color-scheme: light dark }
 :root { --ink: #1b1b1b; --page: #fff; --soft: #555; --line: #e4e4e4; --note: #fdf3e4; --link: #0072b2 }
@@ -81,76 +81,84 @@ _PAGE = """<!doctype html>
 """
 
 
-def page(title: str, body: Iterable[str]) -> bytes:
-    """The whole HTML file."""
-    return _PAGE.format(title=escaped(title), style=_STYLE, body="\n".join(body)).encode(errors="replace")
+def page_html(title: str, body: Iterable[str]) -> bytes:
+    """Returns the whole HTML file."""
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body)).encode(errors="replace")
 
 
-def escaped(content: object, limit: int = 10_000) -> str:
-    """Text from a file as HTML text: nothing in it is a tag, a control character or reorders what follows."""
+def escape(content: object, limit: int = 10_000) -> str:
+    """Returns text from a file as HTML text: without tags, control characters and marks that reorder what follows."""
     return html.escape(printable(content, limit))
 
 
-def note(content: object, kind: str = "note") -> str:
-    """A paragraph that stands out."""
-    return f'<p class="{kind}">{escaped(content)}</p>'
+def notice(content: object, kind: str = "note") -> str:
+    """Returns a highlighted paragraph; `kind` is "note" or "note warning"."""
+    return f'<p class="{kind}">{escape(content)}</p>'
 
 
-def table(rows: Sequence[Sequence[Any]], kind: str = "") -> str:
-    """An HTML table whose first column holds headings.
+def table_html(rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+    """Returns an HTML table whose first column holds headings.
 
-    If a kind is given ("numbers", "numbers runs" or "differing"), its first row holds headings too.
+    Args:
+      rows: the cells.
+      kind: "numbers", "numbers runs" or "differing"; if given, the first row holds headings too.
     """
     lines = []
     for number, row in enumerate(rows):
-        kinds = ["th"] * len(row) if kind and not number else ["th", *["td"] * (len(row) - 1)]
-        # On a phone, a run's figures are under its name, each with its heading.
-        names = [f' data-name="{escaped(name)}"' if "runs" in kind and number else "" for name in (rows[0] if kind else row)]
-        cells = (f"<{of}{name}>{escaped(cell)}</{of}>" for of, name, cell in zip(kinds, names, row, strict=True))
+        tags = ["th"] * len(row) if kind and not number else ["th", *["td"] * (len(row) - 1)]
+        # On a phone, the numbers of a run are below its name, each with its heading.
+        names = [f' data-name="{escape(name)}"' if "runs" in kind and number else "" for name in (rows[0] if kind else row)]
+        cells = (f"<{tag}{name}>{escape(cell)}</{tag}>" for tag, name, cell in zip(tags, names, row, strict=True))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     text = "<table>\n" + "\n".join(lines) + "\n</table>"
     return f'<div class="{kind}">\n{text}\n</div>' if kind else text
 
 
-def drawn(drawing: Drawing, folder: Path | None = None) -> str:
-    """The figure as HTML, also written into a folder."""
-    buffer, inches = io.BytesIO(), drawing.figure.get_size_inches()
-    scale = 1 + drawing.wide
+def figure_html(captioned: CaptionedFigure, folder: Path | None = None) -> str:
+    """Returns the figure with title and caption as HTML; also writes it as a PNG file into `folder`, if that is given."""
+    buffer, inches = io.BytesIO(), captioned.figure.get_size_inches()
+    scale = 1 + captioned.wide
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font does not have
-        drawing.figure.savefig(buffer, format="png", dpi=scale * _PIXELS / inches[0])
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter that the font does not have is drawn as a box
+        captioned.figure.savefig(buffer, format="png", dpi=scale * _PIXELS / inches[0])
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{drawing.name}.png").write_bytes(buffer.getvalue())
+        (folder / f"{captioned.name}.png").write_bytes(buffer.getvalue())
     width = 500 * scale
     height = round(width * inches[1] / inches[0])
-    title, caption = escaped(drawing.title), escaped(drawing.caption)
+    title, caption = escape(captioned.title), escape(captioned.caption)
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<figure{" class=wide" * drawing.wide}>\n<h3>{title}</h3>\n<img src="data:image/png;base64,{data}" width="{width}" '
+        f'<figure{" class=wide" * captioned.wide}>\n<h3>{title}</h3>\n<img src="data:image/png;base64,{data}" width="{width}" '
         f'height="{height}" alt="{title}: {caption}">\n<figcaption>{caption}</figcaption>\n</figure>'
     )
 
 
-def words(name: str) -> str:
-    """A metric's name in words."""
+def metric_label(name: str) -> str:
+    """Returns the name of a metric as text."""
     return name.replace("test/accuracy_top5", "test top-5 accuracy").replace("/", " ").replace("_", " ")
 
 
-def number(name: str, value: float | None, sign: str = "") -> str:
-    """A metric's value: accuracies in per cent, others with three digits."""
+def format_metric(name: str, value: float | None, sign: str = "") -> str:
+    """Returns the value of a metric as text: accuracies in per cent, others with three significant digits.
+
+    Args:
+      name: the metric; accuracies are recognised by it.
+      value: None gives a dash.
+      sign: "+" to write the sign of positive values too.
+    """
     if value is None:
         return NONE
     return f"{100 * value:{sign}.2f}\u00a0%" if "accuracy" in name else f"{value:{sign}.3g}"
 
 
-def rate(speed: tuple[float, float] | None) -> str:
-    """Images a second."""
+def format_speed(speed: tuple[float, float] | None) -> str:
+    """Returns images per second as text, from `Run.speed`."""
     return NONE if speed is None else f"{speed[1]:,.0f}" if speed[1] >= 10 else f"{speed[1]:.1f}"
 
 
-def duration(seconds: float) -> str:
-    """A time in units that people use."""
+def format_duration(seconds: float) -> str:
+    """Returns a time as hours and minutes, minutes and seconds, or seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,6 +1,7 @@
-"""What a run has left, read from its files: nothing is computed again, nothing is fetched, nothing in the folder is changed.
+"""Reads what a run has left in its files. It computes nothing again, downloads nothing and changes nothing in the folder.
 
-A run may still go on, may have been cut off anywhere, and its checkpoint or data may be gone: what is not there is Missing.
+A run may still be going on, it may have been killed at any point, and its checkpoint or its data may have been removed. Each
+part that is not there raises Missing.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax import metrics
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import FOLDER_WEIGHTS, RUN_WEIGHTS, local
 from vit_jax.checkpoints.load import load
@@ -28,36 +30,43 @@ from vit_jax.files import sha256
 from vit_jax.formats.google import read_meta, read_shapes
 from vit_jax.models.vit import VisionTransformer
 
-BEFORE = "before"  # what the weights that a run started from are called
-_RECORDS = 1000  # read at once
+BEFORE = "before"  # the name of the weights that a run started from
+_RECORDS = 1000  # examples read at once
 
 
 class Missing(Exception):
-    """What a part of a report would need and is not there; the message is one sentence for the reader of the page."""
+    """Something that a part of a report needs and that is not there. The message is a sentence for the page."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder, its configuration, and the lines of its metrics.jsonl in order: those that are whole and of its steps."""
+    """A run's folder and what was read from it.
+
+    Attributes:
+      path: the folder.
+      config: its configuration.
+      metrics: the lines of its metrics.jsonl in order, up to the last step of the configuration; finite numbers only.
+      diverged: why the run ended early, if a metric was not finite; else empty.
+    """
 
     path: Path
     config: Config
     metrics: list[dict[str, float]]
-    diverged: str = ""  # why the run ended early, if a metric was not finite: the console's words
+    diverged: str = ""
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The name of the folder."""
         return self.path.resolve().name
 
     @property
     def task(self) -> Task:
-        """The row of TASKS; DataError where this version knows none of that name."""
+        """The row of TASKS; DataError if this version has no task of that name."""
         return task(self.config.data.task)
 
     @property
     def step(self) -> int:
-        """The last step there is a line of; 0 before there is one."""
+        """The last step in the metrics; 0 if there is none."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
@@ -67,39 +76,39 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
-        """The lines with a test accuracy, the one of a step that diverged left out; the last is the headline."""
-        whole = self.metrics[:-1] if self.diverged else self.metrics
-        return [line for line in whole if "test/accuracy" in line]
+        """The lines with a test accuracy, without a step that diverged."""
+        valid = self.metrics[:-1] if self.diverged else self.metrics
+        return [line for line in valid if "test/accuracy" in line]
 
     @property
-    def evaluated(self) -> int:
-        """Number of images of an evaluation; 0 if it is not known here."""
+    def best(self) -> dict[str, float] | None:
+        """The first evaluation with the highest accuracy, which the run chooses too; None if there is no evaluation."""
+        return max(self.evaluations, key=lambda line: line["test/accuracy"], default=None)
+
+    @property
+    def num_evaluated(self) -> int:
+        """Number of images in an evaluation; 0 if it is not known on this machine."""
         try:
             return len(self.predictions[1]) if self.finished else len(self.test)
         except (Missing, DataError):
             return 0
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters of the run's weights, the head included; 0 if there are none that can be read."""
+    def num_parameters(self) -> int:
+        """Number of parameters of the run's weights, including the head; 0 if no weights can be read."""
         try:
             return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(read_shapes(self.weights)))
         except (Missing, CheckpointError, OSError):
             return 0
 
-    @property
-    def best(self) -> dict[str, float] | None:
-        """The first evaluation of the highest accuracy, as the run itself chooses; None before there is one."""
-        return max(self.evaluations, key=lambda line: line["test/accuracy"], default=None)
-
     def speed(self) -> tuple[float, float] | None:
-        """(seconds in training steps, median of images a second); without compilation, evaluations and saves."""
+        """Returns (seconds in training steps, median images per second), without compilation, evaluations and saves."""
         rates = [rate for line in self.metrics if (rate := line.get("train/images_per_second", 0)) > 0]
         return (sum(self.config.training.batch_size / rate for rate in rates), statistics.median(rates)) if rates else None
 
     @property
     def splits(self) -> tuple[str, str]:
-        """The training and the test split, in TFDS's language; "train" and "test" of a task that this version does not know."""
+        """The training and the test split, in TFDS's language; "train" and "test" if this version has no such task."""
         data = self.config.data
         try:
             row = self.task
@@ -108,14 +117,18 @@ class Run:
         return data.train_split or row.train_split, data.test_split or row.test_split
 
     @property
-    def measured(self) -> str:
-        """What its accuracy is called: "test accuracy", or "accuracy on train[90%:]" of a run tested on another split."""
-        split = self.splits[1]
-        return "test accuracy" if split == "test" else f"accuracy on {split}"
+    def test_name(self) -> str:
+        """The test split as text: "the test split", or "the split train[90%:]"."""
+        return "the test split" if self.splits[1] == "test" else f"the split {self.splits[1]}"
+
+    @property
+    def accuracy_label(self) -> str:
+        """The name of its accuracy: "test accuracy", or "accuracy on train[90%:]" if that is the split it is tested on."""
+        return "test accuracy" if self.splits[1] == "test" else f"accuracy on {self.splits[1]}"
 
     @functools.cached_property
     def weights(self) -> Path:
-        """The run's file of weights."""
+        """The file with the run's weights."""
         for name in RUN_WEIGHTS:
             if (self.path / name).is_file():
                 return self.path / name
@@ -123,7 +136,7 @@ class Run:
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:
-        """What the JSON beside the weights says; empty where there is none that can be read."""
+        """The JSON next to the weights; empty if there is none that can be read."""
         try:
             found = read_meta(self.weights)
         except (Missing, CheckpointError):
@@ -131,95 +144,88 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @functools.cached_property
-    def start(self) -> Path:
-        """The file the run started from, where it is on this machine and still the same."""
+    def source_weights(self) -> Path:
+        """The file that the run started from, if it is on this machine and unchanged."""
         source = self.config.model.checkpoint
         if not source:
-            raise Missing(f"The run started from random weights, {self.config.model.variant}: nothing to compare with.")
-        there, path = Path(source).expanduser(), None
-        if there.is_dir():
-            path = next((there / name for name in FOLDER_WEIGHTS if (there / name).is_file()), None)
-        elif there.is_file():
-            path = there
+            raise Missing(f"The run started from random weights ({self.config.model.variant}), so there is no comparison.")
+        named, path = Path(source).expanduser(), None
+        if named.is_dir():
+            path = next((named / name for name in FOLDER_WEIGHTS if (named / name).is_file()), None)
+        elif named.is_file():
+            path = named
         else:
             with contextlib.suppress(CheckpointError):
                 path = local(resolve(source))
         if path is None:
-            raise Missing(f"What the run started from, {source}, is not on this machine: the comparison with it is left out.")
-        if (wanted := self.meta.get("source_sha256")) and sha256(path) != wanted:
-            raise Missing(f"{path} is no longer the file that the run started from: the comparison is left out.")
+            raise Missing(f"The checkpoint that the run started from, {source}, is not on this machine: it is not compared.")
+        if (expected := self.meta.get("source_sha256")) and sha256(path) != expected:
+            raise Missing(f"{path} has changed since the run started from it: it is not compared.")
         return path
 
     @functools.cached_property
     def models(self) -> tuple[dict[str, tuple[VisionTransformer, Any]], str]:
-        """Name → (model, parameters), both without heads: what the run started from, where it is here, and what it became.
+        """The models without heads, before (if available) and after training.
 
-        With what a caption has to say of them.
+        Returns:
+          (name → (model, parameters), remarks for the captions, each with a space in front).
         """
-
-        def load_for_run(path: Path) -> tuple[VisionTransformer, Any]:
-            try:
-                return load(path, num_classes=0, image_size=self.config.data.image_size)
-            except ValueError as error:  # a CheckpointError, or a size that its patches do not divide
-                raise Missing(str(error)) from None
-
-        found, said = {}, ""
-        trained = load_for_run(self.weights)
+        models, remarks = {}, ""
+        trained = self._load(self.weights)
         try:
-            found[BEFORE] = load_for_run(self.start)
-            if found[BEFORE][0] != trained[0]:
-                del found[BEFORE]
-                raise Missing(f"{self.start} holds another architecture than the run's weights: the comparison is left out.")
+            source = self._load(self.source_weights)
+            if source[0] != trained[0]:
+                raise Missing(f"{self.source_weights} has another architecture than the run's weights: it is not compared.")
+            models[BEFORE] = source
         except Missing as error:
-            said = f" {error}"
-        found["fine-tuned" if self.config.model.checkpoint else "trained"] = trained
+            remarks = f" {error}"
+        models["fine-tuned" if self.config.model.checkpoint else "trained"] = trained
         if self.weights.name != "final.npz":
-            said += f" The weights are those of the best evaluation so far, step {self.meta.get('step', 'unknown')}."
-        return found, said
+            remarks += f" The weights are from the best evaluation so far, step {self.meta.get('step', 'unknown')}."
+        return models, remarks
+
+    def _load(self, path: Path) -> tuple[VisionTransformer, Any]:
+        try:
+            return load(path, num_classes=0, image_size=self.config.data.image_size)
+        except ValueError as error:  # a CheckpointError, or an image size that the patches do not divide
+            raise Missing(str(error)) from None
 
     @functools.cached_property
     def predictions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits float32 [N, classes] and labels int32 [N] of the last step's evaluation."""
+        """Logits float32 [N, classes] and labels int64 [N] of the last step's evaluation."""
         path = self.path / "predictions.npz"
         if not path.exists():
             raise Missing("There are no predictions yet: the run writes them at its last step.")
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
                 logits, labels = arrays["logits"], arrays["labels"]
-            if (
-                logits.dtype.kind != "f"
-                or logits.ndim != 2
-                or labels.shape != logits.shape[:1]
-                or not labels.size
-                or not np.isfinite(logits).all()
-            ):
+            if logits.dtype.kind != "f" or logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
                 raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}")
+            if not np.isfinite(logits).all():
+                raise ValueError("some logits are not finite")
             if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-                raise ValueError("labels that are no classes of its logits")
-        except Exception as error:  # what a damaged zip raises depends on where it is damaged
-            raise Missing(f"{path} cannot be used ({error}): give the run's command again to have it written anew.") from None
+                raise ValueError(f"labels must be integers from 0 to {logits.shape[1] - 1}")
+        except Exception as error:  # the type depends on where a zip file is damaged
+            raise Missing(f"{path} cannot be used ({error}): run the command again to write it again.") from None
         return logits, labels.astype(np.int64)
 
     @functools.cached_property
     def test(self) -> Source:
-        """The test split; DataError where it is not prepared on this machine."""
-        data = self.config.data
-        return open_split(self.task, data.test_split or self.task.test_split, self.config.run.data_dir)
+        """The test split; DataError if it is not prepared on this machine."""
+        return open_split(self.task, self.splits[1], self.config.run.data_dir)
 
     @functools.cached_property
     def train(self) -> Source:
-        """The training split; DataError as `test`."""
-        data = self.config.data
-        return open_split(self.task, data.train_split or self.task.train_split, self.config.run.data_dir)
+        """The training split; DataError if it is not prepared on this machine."""
+        return open_split(self.task, self.splits[0], self.config.run.data_dir)
 
     @functools.cached_property
     def class_names(self) -> Sequence[str]:
-        """A name for each class: what stands beside the weights or else the data set's."""
+        """A name for each class, from the JSON next to the weights, else from the data set. All differ, each is one line."""
         names: Any = self.meta.get("class_names")
         known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        # On one line and no two alike, because they are the rows of figures.
         names = [printable(" ".join(name.split()), 200) for name in (names if known else self.test.class_names)]
-        return [f"{name} ({at})" if names.count(name) > 1 else name for at, name in enumerate(names)]
+        return [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
 
     @functools.cached_property
     def _recorded(self) -> dict[str, Any]:
@@ -231,55 +237,56 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Versions, device, command and time, as the run recorded them in environment.json; empty where it did not."""
+        """Versions, devices, command and time from environment.json; empty if it cannot be read."""
         return {str(key): str(value) for key, value in self._recorded.items() if key != "warnings"}
 
     @property
     def warnings(self) -> list[str]:
-        """What the run warned about when it began, such as training on test images."""
+        """The warnings that the run printed when it began, such as training on test images."""
         found = self._recorded.get("warnings")
         return [str(text) for text in found] if isinstance(found, list) else []
 
 
-def read(path: Path) -> Run:
-    """The run in a folder; ReportError where there is none, or its configuration is damaged."""
+def read_run(path: Path) -> Run:
+    """Reads the run in a folder.
+
+    Raises:
+      ReportError: if there is no run, or its configuration cannot be read.
+    """
     file = path / "config.json"
     if not path.is_dir():
-        raise ReportError(f"there is no folder {path}; name a run's, such as runs/demo")
+        raise ReportError(f"{path}: no such folder; give the folder of a run, such as runs/demo")
     if not file.is_file():
-        raise ReportError(f"{path} is no run's folder: it holds no config.json; name one that main.py has trained in")
+        raise ReportError(f"{path}: not the folder of a run, because it has no config.json; give one that main.py has written")
     try:
         config = from_json(file.read_text(errors="replace"), str(file))
         check(config)
-    except (ConfigError, ValueError, RecursionError, OverflowError) as error:  # the latter of numbers of thousands of digits
-        sentence = str(error) if str(file) in str(error) else f"{file}: {reason(error, 400)}"
-        raise ReportError(f"{sentence}; put back what the run wrote there") from None
-    metrics, diverged, journal = [], "", path / "metrics.jsonl"
-    for text in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # a kill cuts the last line short, and so does reading while it is written
-            continue
-        # What lies past the last step is another run's.
-        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= config.training.steps:
-            diverged = line["diverged"] if isinstance(line.get("diverged"), str) else ""
-            # What is no finite number is not drawn, and is never the best.
-            metrics.append({key: value for key, value in line.items() if type(value) in (int, float) and abs(value) < 1e30})
-    return Run(path, config, metrics, diverged)
+    except (ConfigError, ValueError, RecursionError, OverflowError) as error:  # the last two: endless brackets and digits
+        message = str(error) if str(file) in str(error) else f"{file}: {reason(error, 400)}"
+        raise ReportError(f"{message}; restore what the run wrote there") from None
+    lines = metrics.read(path, until=config.training.steps)
+    diverged = lines[-1].get("diverged", "") if lines else ""
+    # Numbers that are not finite are not drawn, and are never the best.
+    finite = [{name: x for name, x in line.items() if type(x) in (int, float) and abs(x) < 1e30} for line in lines]
+    return Run(path, config, finite, diverged if isinstance(diverged, str) else "")
 
 
 def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
-    """The data set's own coarser classes: their names, and class → superclass as the test images have them.
+    """Reads the data set's own coarser classes: the feature "coarse_label" of TFDS's cifar100.
 
-    None where the data set has none. CIFAR-100's are the feature "coarse_label" of TFDS's cifar100.
+    Returns:
+      (names of the superclasses, class → superclass as in the test images); None if the data set has none.
+
+    Raises:
+      DataError: if the data set is not prepared on this machine.
     """
     import tensorflow_datasets as tfds
 
-    split = run.config.data.test_split or run.task.test_split
+    _ = run.test  # with its errors
     builder = tfds.builder_from_directory(find_prepared(run.task, run.config.run.data_dir))
     if "coarse_label" not in builder.info.features:
         return None
-    records: Any = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records: Any = builder.as_data_source(run.splits[1], decoders={"image": tfds.decode.SkipDecoding()})
     found: dict[int, int] = {}
     for first in range(0, len(records), _RECORDS):
         batch = records.__getitems__(range(first, min(first + _RECORDS, len(records))))

@@ -11,9 +11,8 @@ from types import TracebackType
 
 from vit_jax.errors import printable
 from vit_jax.files import whole_file
+from vit_jax.metrics import FILE, read
 from vit_jax.training.guard import Diverged
-
-FILE = "metrics.jsonl"
 
 # Metrics of the progress bar: name in metrics.jsonl → format, short name.
 _SHOWN = {
@@ -22,19 +21,6 @@ _SHOWN = {
     "train/images_per_second": ("{:.0f}", "img/s"),
     "test/accuracy": ("{:.2%}", "test"),
 }
-
-
-def read(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl in order, up to step `until`; other content is left out."""
-    path, lines = workdir / FILE, []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # a kill cuts the last line short
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and (until is None or line["step"] <= until):
-            lines.append(line)
-    return lines
 
 
 def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str]:

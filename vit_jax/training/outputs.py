@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.files import whole_file
+from vit_jax.metrics import read
 from vit_jax.training import journal
 from vit_jax.training.assemble import Parts
 from vit_jax.training.evaluate import has_predictions, metrics, predictions
@@ -34,7 +35,7 @@ def complete(parts: Parts, params: Any, step: int, workdir: Path, log: journal.J
 
     A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation.
     """
-    lines = [line for line in journal.read(workdir) if "test/accuracy" in line]
+    lines = [line for line in read(workdir) if "test/accuracy" in line]
     last = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
     if step < parts.config.training.steps:
         return last

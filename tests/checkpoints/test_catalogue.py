@@ -1,4 +1,4 @@
-"""Every name means one file, and the table says of it what its maker says."""
+"""The table of published files agrees with its sources, and every name means one file."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ RECOMMENDED = {
 }
 
 
-def test_rows():
+def test_rows_are_consistent():
     assert next(iter(PUBLISHED)) == "mini_8" and len(PUBLISHED) == len(list(catalogue._rows()))
     for name, row in PUBLISHED.items():
         assert name == row.name and row.variant in VARIANTS and row.num_classes in (200, 1000, 21843)
@@ -50,11 +50,11 @@ def test_rows():
             assert re.fullmatch(r"hf://(google|timm)/[\w.-]+/model\.safetensors", address)
             assert f"{row.image_size}" in address.replace("vit_base_r50_s16", "") and row.num_classes in (1000, 21843)
             assert (row.num_classes == 21843) == (address.split("/")[3].endswith("in21k"))
-            # The original files' heads are zeros; no copy has them.
+            # The heads of the original files are zeros, and no copy has them.
             assert (address in row.headless) == name.startswith("imagenet21k/")
 
 
-def test_what_the_issue_asks_for_is_there():
+def test_published_files_of_every_kind_are_in_the_table():
     for model in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16"):
         assert f"imagenet21k/{model}" in PUBLISHED
     for model in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32", "R50+ViT-B_16"):
@@ -67,7 +67,7 @@ def test_what_the_issue_asks_for_is_there():
         assert {f"{folder}/ViT-S_16", f"{folder}/ViT-B_16", f"{folder}/ViT-B_32"} <= PUBLISHED.keys()
 
 
-def test_names_of_augreg_say_what_their_rows_say():
+def test_augreg_names_agree_with_their_rows():
     for name, row in PUBLISHED.items():
         if name.startswith("augreg/"):
             file = name.removeprefix("augreg/")
@@ -82,10 +82,10 @@ def parameters(variant, image_size, num_classes, pre_logits):
     return count(model.clone(representation_size=pre_logits * model.hidden_size), image_size)
 
 
-def test_sizes_are_those_of_the_parameters():
+def test_sizes_agree_with_the_parameters():
     seen = set()
     for name, row in PUBLISHED.items():
-        if name in ("mini_8", "sam/ViT-S_16"):  # in bfloat16; with an optimizer's state
+        if name in ("mini_8", "sam/ViT-S_16"):  # the first is in bfloat16, the second has an optimizer's state
             continue
         if row.variant in seen and row.variant not in ("S/16", "R+Ti/16"):  # the small ones at every size, the others once
             continue
@@ -94,8 +94,8 @@ def test_sizes_are_those_of_the_parameters():
         assert row.mib == pytest.approx(4 * expected / 2**20, abs=0.06), name
 
 
-def test_sizes_are_those_that_google_listed():
-    for name, mib in LISTED.items():  # names and checksums of the arrays take a little
+def test_sizes_agree_with_google_listing():
+    for name, mib in LISTED.items():  # names and checksums of the arrays take some bytes
         assert 0 <= mib - PUBLISHED[name].mib + 0.05 < 0.2, name
         if size := PUBLISHED[name].size:
             assert f"{size / 2**20:.2f}" == f"{mib:.2f}", name
@@ -105,7 +105,7 @@ def test_sizes_are_those_that_google_listed():
         assert PUBLISHED[f"augreg/{file}"].mib == pytest.approx(mib, abs=0.6), file
 
 
-def test_timm_says_the_same_of_its_copies():
+def test_copies_agree_with_timm():
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs timm, of which it reads the source")
@@ -121,11 +121,11 @@ def test_timm_says_the_same_of_its_copies():
             assert f"'{name}': _cfg(" in text
         else:
             assert of.pop(name) == row.addresses[0]
-    assert not of  # nor has timm any that the table lacks
+    assert not of  # the table has all of timm's
 
 
 @pytest.mark.parametrize("variant", RECOMMENDED)
-def test_an_architecture_means_the_recommended_file(variant):
+def test_architecture_means_the_recommended_file(variant):
     spellings = {variant, variant.replace("/", "_"), variant.replace("/", "_").replace("+", "_"), variant.lower()}
     for name in spellings | {f"{variant}.npz"}:
         assert resolve(name).name == f"augreg/{RECOMMENDED[variant][0]}"
@@ -144,7 +144,7 @@ def test_an_architecture_means_the_recommended_file(variant):
         ("mini_8", "mini_8"),
     ],
 )
-def test_names_of_files(name, expected):
+def test_file_name_resolves_to_its_row(name, expected):
     assert resolve(name) is PUBLISHED[expected]
 
 
@@ -157,7 +157,7 @@ def test_names_of_files(name, expected):
         ("hf://timm/vit_tiny_patch16_224.augreg_in21k", "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
     ],
 )
-def test_other_names_for_a_file(name, expected):
+def test_alias_resolves_to_its_row(name, expected):
     assert resolve(name) is PUBLISHED[expected]
 
 
@@ -167,7 +167,7 @@ def test_short_name_resolves_to_its_row(name):
 
 
 @pytest.mark.parametrize("name", ["B/16-384", "B_16-384", "b16-384"])
-def test_short_name_of_a_finetuned_file_and_its_accuracy(name):
+def test_finetuned_file_has_a_short_name_and_an_accuracy(name):
     assert resolve(name).name == f"augreg/{RECOMMENDED['B/16'][0]}--imagenet2012-steps_20k-lr_0.03-res_384"
     assert resolve(name).accuracy == 85.49 and sum(row.accuracy is not None for row in PUBLISHED.values()) == 9
 
@@ -191,7 +191,7 @@ def test_demanded_hash_is_part_of_a_name():
         ("B_8-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0--resisc45-steps_2k-lr_0.01-res_224", ("B/8", 224, 45)),
     ],
 )
-def test_any_full_name_of_augreg_works(tail, expected):
+def test_full_augreg_name_resolves_without_a_row(tail, expected):
     for name in (tail, f"{tail}.npz", f"augreg/{tail}", f"gs://vit_models/augreg/{tail}.npz"):
         row = resolve(name)
         assert (row.variant, row.image_size, row.num_classes) == expected
@@ -199,7 +199,7 @@ def test_any_full_name_of_augreg_works(tail, expected):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, expected",
     [
         ("ViT-B_61", "no checkpoint is published as 'ViT-B_61'; the nearest names: ViT-B_16, "),
         ("B/61", "the nearest names: B/16"),
@@ -207,13 +207,13 @@ def test_any_full_name_of_augreg_works(tail, expected):
         ("Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_x", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
         ("B_16-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0--mnist-steps_2k-lr_0.01-res_224", "no checkpoint is publi"),
         ("G_16-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", "no checkpoint is published"),
-        ("ViT-S_16", "several files are published as 'ViT-S_16'; say which: sam/ViT-S_16, gsam/ViT-S_16"),
+        ("ViT-S_16", "several files are published as 'ViT-S_16': sam/ViT-S_16, gsam/ViT-S_16; give one of these paths"),
         ("", "no checkpoint is published as ''"),
         ("somewhere/ViT-B_16", "no checkpoint is published"),
     ],
 )  # fmt: skip
-def test_names_that_mean_nothing(name, said):
-    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+def test_unknown_name_is_one_error_line(name, expected):
+    with pytest.raises(CheckpointError, match=re.escape(expected)) as error:
         resolve(name)
     assert "\n" not in str(error.value)
 
@@ -241,27 +241,27 @@ def index(tmp_path):
     return path
 
 
-def test_the_best_by_final_validation_accuracy(index):
+def test_best_has_the_highest_final_validation_accuracy(index):
     assert best(index, "b_16").name == "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
     assert best(index, "B/16", ds="i1k").num_classes == 1000
     assert best(index, "R_Ti_16").variant == "R+Ti/16"
 
 
 @pytest.mark.parametrize(
-    "name, ds, said",
+    "name, ds, expected",
     [
         ("B/61", "i21k", "has no model 'B/61'; it has B/16, R+Ti/16, S/32"),
         ("B/16", "jft", "has no final_val of B/16 pre-trained on 'jft'; it has i21k, i1k"),
         ("S/32", "i21k", "has no final_val of S/32 pre-trained on 'i21k'"),
     ],
 )
-def test_what_the_index_does_not_have(index, name, ds, said):
-    with pytest.raises(CheckpointError, match=re.escape(f"{index} {said}")):
+def test_missing_index_row_is_an_error(index, name, ds, expected):
+    with pytest.raises(CheckpointError, match=re.escape(f"{index} {expected}")):
         best(index, name, ds)
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, expected",
     [
         (b"<html>403</html>", "is not AugReg's index.csv: it has no column 'name'"),
         (b"", "it has no column 'name'"),
@@ -272,9 +272,9 @@ def test_what_the_index_does_not_have(index, name, ds, said):
         (None, "cannot be read: No such file"),
     ],
 )
-def test_what_is_no_index(tmp_path, content, said):
+def test_file_that_is_not_an_index_is_an_error(tmp_path, content, expected):
     path = tmp_path / "index.csv"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
         best(path, "B/16")

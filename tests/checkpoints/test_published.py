@@ -1,4 +1,4 @@
-"""The published models, from random weights in Google's form to logits, at the size they were trained at and a larger one."""
+"""The published architectures with random weights: from a file to logits, at the trained image size and a larger one."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from vit_jax.models.variants import build, from_tree, shapes
 AUGREG = ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/16", "R+Ti/16", "R26+S/32", "R50+L/32")
 ORIGINAL = ("B/32", "B/16", "L/32", "L/16", "H/14", "R50+B/16")
 MODELS = [(name, 0) for name in AUGREG] + [(name, build(name).hidden_size) for name in ORIGINAL]
-LARGE = ("L/16", "L/32", "H/14", "R50+L/32")  # more than a gigabyte of weights: by shapes alone
+LARGE = ("L/16", "L/32", "H/14", "R50+L/32")  # more than a gigabyte of weights: only their shapes are computed
 
 
 def sizes(name: str) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def sizes(name: str) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "pre_logits"), [row for row in MODELS if row[0] not in LARGE])
-def test_from_random_weights_to_logits(name, pre_logits, tmp_path):
+def test_random_weights_give_finite_logits(name, pre_logits, tmp_path):
     model, draw = build(name, num_classes=21843, representation_size=pre_logits), np.random.default_rng(0)
     flat = flatten_dict(shapes(model), sep="/")
     flat = {path: draw.standard_normal(leaf.shape, np.float32) * np.float32(0.02) for path, leaf in flat.items()}
@@ -46,8 +46,9 @@ def test_from_random_weights_to_logits(name, pre_logits, tmp_path):
     (tmp_path / "x.npz").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pre_logits"), [row for row in MODELS if row[0] in LARGE])
-def test_the_largest_by_their_shapes(name, pre_logits):
+def test_shapes_of_large_models(name, pre_logits):
     model = build(name, num_classes=21843, representation_size=pre_logits)
     for size in sizes(name):
         assert from_tree(shapes(model, size)) == model
@@ -85,8 +86,8 @@ print(json.dumps({"memory": memory, "ratio": statistics.median(ours / theirs for
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
-def test_loading_costs_little_more_than_reading(tmp_path):
-    """B/16 with its head of 21,843 classes: time beside np.load of all arrays, peak memory above that of the imports."""
+def test_loading_costs_little_more_than_numpy(tmp_path):
+    """B/16 with a head of 21,843 classes: time relative to np.load of all arrays, peak memory above that of the imports."""
     model, path = build("B/16", num_classes=21843), tmp_path / "x.npz"
     draw = np.random.default_rng(0)
     flat = {name: draw.standard_normal(leaf.shape, np.float32) for name, leaf in flatten_dict(shapes(model), sep="/").items()}

@@ -1,4 +1,4 @@
-"""Every form of a file is read, the published one is written, and nothing else passes for weights."""
+"""Google's npz files: every form is read, the published one is written, and other files are refused."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ def scan_stacked(tree):
 
 
 def folded(tree):
-    """big_vision's: positions at the top, without a first row, which `cls` has in it."""
+    """big_vision's form: positions at the top without the class token's row, which `cls` contains."""
     flat = linen(tree)
     positions = flat.pop("Transformer/posembed_input/pos_embedding")
     return flat | {"pos_embedding": positions[:, 1:], "cls": flat["cls"] + positions[:, :1]}
@@ -96,7 +96,7 @@ def test_every_form_reads_as_the_published_tree(name, tree, tmp_path):
         assert leaf.dtype == np.float32 and np.array_equal(leaf, expected), key
 
 
-def test_bfloat16_that_numpy_stores_as_void(tree, tmp_path):
+def test_bfloat16_stored_as_void_is_read(tree, tmp_path):
     np.savez(tmp_path / "x.npz", **{name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in tree.items()})
     with np.load(tmp_path / "x.npz") as stored:
         assert stored["cls"].dtype == np.dtype("V2")
@@ -105,7 +105,7 @@ def test_bfloat16_that_numpy_stores_as_void(tree, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["tiny-augreg", "tiny-i21k", "tiny-rstem-i21k", "tiny-r3-augreg"])
-def test_there_and_back_gives_the_same_arrays(folder, shared, tmp_path):
+def test_round_trip_gives_the_same_arrays(folder, shared, tmp_path):
     source = shared / "oracles" / folder / "ckpt.npz"
     save_npz(tmp_path / "x.npz", read_npz(source))
     with np.load(source) as before, np.load(tmp_path / "x.npz") as after:
@@ -123,7 +123,7 @@ def test_skipped_modules_are_not_read(tree, tmp_path):
         read_npz(tmp_path / "x.npz")
 
 
-def test_the_embedded_checkpoint_is_the_trained_one_as_bfloat16(shared):
+def test_embedded_checkpoint_is_the_trained_one_in_bfloat16(shared):
     from vit_jax.checkpoints.download import find
 
     trained = flatten_dict(read_npz(shared / "checkpoints" / "mini_8.npz"), sep="/")
@@ -134,7 +134,7 @@ def test_the_embedded_checkpoint_is_the_trained_one_as_bfloat16(shared):
 
 
 class Trap:
-    """Unpickling this writes a file: proof that it happened."""
+    """Unpickling this writes a file, which proves that it happened."""
 
     def __init__(self, path):
         self.path = path
@@ -144,7 +144,7 @@ class Trap:
 
 
 def write(path, kind, tree):
-    """A bad file, and what must be said of it."""
+    """Writes a file with damaged bytes; returns the expected error."""
     whole = path.parent / "whole.npz"
     np.savez(whole, **published(tree))
     content = whole.read_bytes()
@@ -158,10 +158,10 @@ def write(path, kind, tree):
         return "is empty"
     if kind == "truncated":
         path.write_bytes(content[: len(content) // 2])
-        return "is no npz, or is cut short"
+        return "is not an npz file or is truncated"
     if kind == "a page":
         path.write_bytes(b"<html>403 Forbidden</html>")
-        return "is no npz, or is cut short"
+        return "is not an npz file or is truncated"
     if kind == "corrupt":
         place = content.index(b"conv_root/kernel.npy") + 1000
         path.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
@@ -169,10 +169,10 @@ def write(path, kind, tree):
     if kind == "another zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("word/document.xml", "<a/>")
-        return "is a zip but no npz of weights: it holds 'word/document.xml'"
+        return "is a zip file but not an npz of weights: it holds 'word/document.xml'"
     if kind == "an empty zip":
         zipfile.ZipFile(path, "w").close()
-        return "it holds nothing"
+        return "it is empty"
     if kind == "pickled":
         np.savez(path, **{"cls": np.array([Trap(path.parent / "sprung")], object)})
         return "'cls' is a pickled object, which is never loaded"
@@ -180,6 +180,24 @@ def write(path, kind, tree):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("cls.npy", pickle.dumps(Trap(path.parent / "sprung")))
         return "'cls' cannot be read"
+    if kind == "a member twice":
+        with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning):
+            for _ in range(2):
+                archive.writestr("cls.npy", content)
+        return "holds 'cls.npy' twice"
+    if kind == "a later zip":
+        needed = content.index(b"PK\x01\x02") + 6  # the version of zip that a member asks for
+        path.write_bytes(content[:needed] + b"\xff" + content[needed + 1 :])
+        return "is not an npz file or is truncated"
+    if kind == "more than an array":
+        with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
+            archive.writestr("cls.npy", good.read("cls.npy") + b"more")
+        return r"'cls' cannot be read .shape \[1, 1, 16\] of float32 takes 64 bytes, there are 68"
+    return write_arrays(path, kind, tree)
+
+
+def write_arrays(path, kind, tree):
+    """Writes a file with wrong arrays; returns the expected error."""
     if kind == "NaN":
         np.savez(path, **tree | {"cls": np.full((1, 1, 16), np.nan, np.float32)})
         return "'cls' holds values that are not finite"
@@ -189,25 +207,12 @@ def write(path, kind, tree):
     if kind == "integers":
         np.savez(path, **tree | {"cls": np.zeros((1, 1, 16), np.int32)})
         return "'cls' has type int32"
-    if kind == "a member twice":
-        with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning):
-            for _ in range(2):
-                archive.writestr("cls.npy", content)
-        return "holds 'cls.npy' twice"
-    if kind == "a later zip":
-        needed = content.index(b"PK\x01\x02") + 6  # the version of zip that a member asks for
-        path.write_bytes(content[:needed] + b"\xff" + content[needed + 1 :])
-        return "is no npz, or is cut short"
-    if kind == "more than an array":
-        with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
-            archive.writestr("cls.npy", good.read("cls.npy") + b"more")
-        return r"'cls' cannot be read .shape \[1, 1, 16\] of float32 takes 64 bytes, there are 68"
     if kind == "two names for one":
         np.savez(path, **linen(tree), **{"Transformer/encoderblock_0/LayerNorm_2/scale": np.ones(16, np.float32)})
-        return "two arrays stand for 'Transformer/encoderblock_0/LayerNorm_2/scale'"
+        return "two arrays have the name 'Transformer/encoderblock_0/LayerNorm_2/scale'"
     if kind == "positions twice":
         np.savez(path, **published(tree), pos_embedding=np.zeros((1, 1, 16), np.float32))
-        return "two arrays stand for 'Transformer/posembed_input/pos_embedding'"
+        return "two arrays have the name 'Transformer/posembed_input/pos_embedding'"
     if kind == "beyond float32":
         np.savez(path, **tree | {"cls": np.full((1, 1, 16), 1e300)})
         return "'cls' holds values that are not finite"
@@ -222,17 +227,17 @@ def write(path, kind, tree):
      "a pickle for an array", "a later zip", "more than an array", "two names for one", "positions twice",
      "beyond float32", "NaN", "infinite", "integers", "a member twice", "a name within a name"],
 )  # fmt: skip
-def test_what_holds_no_weights_is_refused_in_a_sentence(kind, tree, tmp_path):
+def test_file_without_weights_is_one_error_line(kind, tree, tmp_path):
     path = tmp_path / "bad.npz"
-    said = write(path, kind, tree)
-    with pytest.raises(CheckpointError, match=f"bad.npz.*{said}|{said}.*bad.npz") as error:
+    expected = write(path, kind, tree)
+    with pytest.raises(CheckpointError, match=f"bad.npz.*{expected}|{expected}.*bad.npz") as error:
         read_npz(path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("meta", [{"step": 2}, None])
-def test_what_was_there_stays_until_the_new_file_is_whole(tree, tmp_path, monkeypatch, meta):
+def test_failed_write_keeps_the_earlier_files(tree, tmp_path, monkeypatch, meta):
     path = tmp_path / "x.npz"
     save_npz(path, {"cls": np.zeros(3, np.float32)}, {"step": 1})
     before = path.read_bytes()
@@ -250,12 +255,12 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tree, tmp_path, monkey
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
 
-def test_meta_lies_beside_the_weights(tmp_path):
+def test_meta_is_stored_next_to_the_weights(tmp_path):
     path = tmp_path / "x.npz"
     assert read_meta(path) is None
     save_npz(path, {"cls": np.zeros(3)}, {"class_names": ["a", "b"], "image_size": 32})
     assert read_meta(path) == {"class_names": ["a", "b"], "image_size": 32}
-    save_npz(path, {"cls": np.zeros(3)})  # weights that nothing is known of
+    save_npz(path, {"cls": np.zeros(3)})  # weights without a description
     assert read_meta(path) is None
     path.with_suffix(".json").write_text("{")
     with pytest.raises(CheckpointError, match="x.json is not JSON"):
@@ -273,7 +278,7 @@ def test_bfloat16_is_written_on_request(tree, tmp_path):
     assert json.dumps(form(tmp_path / "x.npz")) == '"published"'
 
 
-def test_positions_of_big_vision_before_2022(tree, tmp_path):
+def test_positions_of_big_vision_before_2022_are_read(tree, tmp_path):
     flat = dict(tree)
     flat["Transformer/pos_embedding"] = flat.pop("Transformer/posembed_input/pos_embedding")
     np.savez(tmp_path / "x.npz", **flat)
@@ -281,24 +286,24 @@ def test_positions_of_big_vision_before_2022(tree, tmp_path):
     assert all(np.array_equal(leaf, tree[name]) for name, leaf in found.items()) and found.keys() == tree.keys()
 
 
-def test_bytes_before_the_zip_do_no_harm(tree, tmp_path):
+def test_bytes_before_the_zip_are_ignored(tree, tmp_path):
     np.savez(tmp_path / "x.npz", **tree)
     (tmp_path / "x.npz").write_bytes(b"\x80\x04junk" + (tmp_path / "x.npz").read_bytes())
     assert np.array_equal(read_npz(tmp_path / "x.npz")["cls"], tree["cls"])
 
 
-def test_a_json_of_something_else_stays(tmp_path):
+def test_reserved_json_is_never_replaced(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for meta in (None, {"step": 1}):
-        with pytest.raises(CheckpointError, match="config.npz would have its JSON in config.json, which is something else"):
+        with pytest.raises(CheckpointError, match="config.npz: its description would be config.json, a reserved name"):
             save_npz(tmp_path / "config.npz", {"cls": np.zeros(3)}, meta)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    with pytest.raises(ValueError, match="ends in .npz, got .*config.json"):
+    with pytest.raises(ValueError, match="config.json: the file name must end in .npz"):
         save_npz(tmp_path / "config.json", {"cls": np.zeros(3)}, {})
 
 
 def test_reading_is_safe_with_several_threads(tree, tmp_path):
-    """Threads that share one zipfile.ZipFile get wrong bytes on Python 3.12 and newer, in most reads of a file this small."""
+    """Threads that share one zipfile.ZipFile get wrong bytes on Python 3.12 and newer in most reads of such a small file."""
     path = tmp_path / "a.npz"
     save_npz(path, tree)
     expected = flatten_dict(tree, sep="/")
@@ -309,7 +314,7 @@ def test_reading_is_safe_with_several_threads(tree, tmp_path):
 
 
 def test_member_that_ends_early_is_refused(tmp_path):
-    """Of a header and a single byte, with a CRC that matches, NumPy would make a whole array by repeating the byte."""
+    """From a header and one byte with a matching CRC, NumPy would make a whole array by repeating the byte."""
     path = tmp_path / "a.npz"
     with open(path, "wb") as file:
         np.savez(file, cls=np.ones((1, 1, 64), np.float32))

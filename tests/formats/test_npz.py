@@ -1,4 +1,4 @@
-"""Npz files that no tool wrote: headers, sizes and directories that lie, and files that are replaced while they are read."""
+"""Npz files with impossible headers, sizes or directories, and files that are replaced during reading."""
 
 import io
 import struct
@@ -46,7 +46,7 @@ def test_header_that_describes_no_array_is_one_error_line(kind, read, tmp_path):
     descr, shape, values, expected = HEADERS[kind]
     (tmp_path / "x.npz").write_bytes(packed(cls=member(descr, shape, values)))
     if kind == "a type with fields" and read is read_shapes:
-        return  # which reports stored types whatever they are
+        return  # it reports stored types without a check
     with pytest.raises(CheckpointError, match=f"x.npz: 'cls' .*{expected}") as error:
         read(tmp_path / "x.npz")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
@@ -54,7 +54,7 @@ def test_header_that_describes_no_array_is_one_error_line(kind, read, tmp_path):
 
 def test_number_of_members_is_bounded(tmp_path):
     (tmp_path / "x.npz").write_bytes(packed(**{f"a{i}": b"" for i in range(10_001)}))
-    with pytest.raises(CheckpointError, match="holds 10001 members, an npz of weights at most 10000"):
+    with pytest.raises(CheckpointError, match="holds 10001 members, an npz of weights has at most 10000"):
         Npz(tmp_path / "x.npz")
 
 

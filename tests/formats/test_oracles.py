@@ -30,37 +30,48 @@ def sizes(io) -> list[int]:
     return [int(name.rsplit("_", 1)[1]) for name in io.files if name.startswith("images_u8")]
 
 
-def test_as_published(oracle):
+def test_published_model_agrees_with_the_original(oracle):
     path, io = oracle
     model, params = load(path)
     size = sizes(io)[0]
     images = preprocess(io[f"images_u8_{size}"], size)
-    found = stages(model, params, images)
+
+    @jax.jit
+    def compute(params, images):  # compiled once: far faster than op by op
+        logits = model.apply({"params": params}, images)
+        return stages(model, params, images), logits, features(model, params, images), attention_maps(model, params, images)
+
+    found, logits, pre_logits, maps = compute(params, images)
     assert difference(found["logits"], io["up_logits"]) < TOLERANCE
-    assert difference(model.apply({"params": params}, images), io["up_logits"]) < TOLERANCE
-    assert difference(features(model, params, images), io["up_pre_logits"]) < TOLERANCE
+    assert difference(logits, io["up_logits"]) < TOLERANCE
+    assert difference(pre_logits, io["up_pre_logits"]) < TOLERANCE
     assert difference(found["embedding"][:1], io["up_embedding"]) < TOLERANCE
     classes = np.stack([found[f"block_{i}"][:, 0] for i in range(model.num_layers)])
     assert difference(classes, io["up_block_cls"]) < TOLERANCE
-    assert difference(attention_maps(model, params, images), io["up_attn"]) < TOLERANCE
+    assert difference(maps, io["up_attn"]) < TOLERANCE
 
 
-def test_made_ready_for_fine_tuning(oracle):
+def test_model_for_fine_tuning_agrees_with_the_original(oracle):
     path, io = oracle
     for size in sizes(io):
         model, params = load(path, num_classes=100, image_size=size)
         images = preprocess(io[f"images_u8_{size}"], size)
         positions = params["Transformer"]["posembed_input"]["pos_embedding"]
-        first_row = 1 if path.parent.name == "tiny-params" else 0  # there it is folded into the class token
+        first_row = 1 if path.parent.name == "tiny-params" else 0  # the class token contains it
         assert difference(positions[:, first_row:], io[f"ft_posemb_{size}"][:, first_row:]) < TOLERANCE
-        assert difference(features(model, params, images), io[f"ft_features_{size}"]) < TOLERANCE
-        assert not model.apply({"params": params}, images).any()
+
+        @jax.jit
+        def compute(params, images, model=model):
+            return features(model, params, images), model.apply({"params": params}, images)
+
+        found, logits = compute(params, images)
+        assert difference(found, io[f"ft_features_{size}"]) < TOLERANCE
+        assert not logits.any()
         params["head"]["kernel"] = io["ft_head_kernel"]
-        logits = model.apply({"params": params}, images)
-        assert difference(logits, io[f"ft_logits_headed_{size}"]) < TOLERANCE
+        assert difference(compute(params, images)[1], io[f"ft_logits_headed_{size}"]) < TOLERANCE
 
 
-def test_forms_of_one_model_agree_to_the_bit(shared):
+def test_forms_of_one_model_agree_bit_for_bit(shared):
     io = np.load(shared / "oracles" / "tiny-augreg" / "io.npz")
     images = preprocess(io["images_u8_64"], 64)
     logits = []
@@ -70,7 +81,7 @@ def test_forms_of_one_model_agree_to_the_bit(shared):
     assert (logits[0] == logits[1]).all() and (logits[0] == logits[2]).all()
 
 
-def test_the_exact_gelu_is_told_apart(shared, monkeypatch):
+def test_exact_gelu_is_distinguished(shared, monkeypatch):
     folder = shared / "oracles" / "tiny-augreg"
     io = np.load(folder / "io.npz")
     model, params = load(folder / "ckpt.npz")

@@ -1,4 +1,4 @@
-"""What a configuration of timm or Hugging Face may ask for, and what is refused by name."""
+"""Configurations of timm and Hugging Face: accepted fields, and fields that are refused by name."""
 
 import pytest
 
@@ -45,14 +45,14 @@ def test_field_that_changes_the_numbers_is_refused_by_name(config, field):
         ({"global_pool": "avg", "model_args": {"class_token": False, "global_pool": "avg", "drop_path_rate": 0.1}}, False),
     ],
 )
-def test_plain_configurations_are_taken(config, has_class_token):
+def test_plain_configurations_are_accepted(config, has_class_token):
     check_config(config, has_class_token)
 
 
-def test_pooling_without_class_token_is_the_mean():
-    with pytest.raises(CheckpointError, match="'max' pooling"):
+def test_pooling_without_class_token_must_be_the_mean():
+    with pytest.raises(CheckpointError, match="global_pool = 'max', expected 'avg'"):
         check_config({"global_pool": "max"}, has_class_token=False)
-    with pytest.raises(CheckpointError, match="'token' pooling"):
+    with pytest.raises(CheckpointError, match="global_pool = 'token', expected 'avg'"):
         check_config({"global_pool": "token"}, has_class_token=False)
 
 
@@ -65,7 +65,7 @@ def test_number_of_heads_is_a_positive_integer(found):
 
 
 def test_number_of_heads_that_is_left_out_is_the_default_of_its_library():
-    """Not that of the variant of the same width: a timm model built with another `embed_dim` keeps its architecture's heads."""
+    """Not the variant of the same width: a timm model with another `embed_dim` keeps its architecture's heads."""
     for size, heads in (("tiny", 3), ("small", 6), ("base", 12), ("large", 16), ("so400m", 16)):
         assert heads_of({"architecture": f"vit_{size}_patch16_224", "model_args": {"embed_dim": 384}}) == heads
     assert heads_of({"architecture": "vit_small_r26_s32_224"}) == 6

@@ -1,6 +1,6 @@
-"""What the tests against timm and transformers share: the packages, or the reason why they are not there, and random weights.
+"""Packages that the tests against timm and transformers need (tests are skipped without them), and random weights.
 
-`make test-interop` runs them; they need the CPU build of PyTorch and no network.
+`make test-interop` runs these tests; they need the CPU build of PyTorch and no network.
 """
 
 import importlib
@@ -43,14 +43,14 @@ def transformers(torch):
 
 @pytest.fixture(scope="session")
 def random_params():
-    """A function from a model and an image size to parameters that no part of the model is blind to."""
+    """A function from a model and an image size to parameters that all have an effect on the output."""
 
     def draw(model, image_size, seed=0):
         normal = np.random.default_rng(seed).standard_normal
         flat = {}
         for name, leaf in flatten_dict(shapes(model, image_size), sep="/").items():
             scale = np.prod(leaf.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.1
-            mean = 0.3 if name.endswith("gn3/scale") else float(name.endswith("scale"))  # a residual branch counts for less
+            mean = 0.3 if name.endswith("gn3/scale") else float(name.endswith("scale"))  # a residual branch has less weight
             flat[name] = (normal(leaf.shape) * scale + mean).astype(np.float32)
         return unflatten_dict(flat, sep="/")
 
@@ -59,7 +59,7 @@ def random_params():
 
 @pytest.fixture(scope="session")
 def random_images():
-    """A function from an image size to two images as a model gets them."""
+    """A function from an image size to two images as a model receives them."""
 
     def draw(height, width=None, count=2):
         return np.random.default_rng(1).uniform(-1, 1, (count, height, width or height, 3)).astype(np.float32)
@@ -69,7 +69,7 @@ def random_images():
 
 @pytest.fixture(scope="session")
 def our_stages():
-    """A function from a model, parameters and images to the stages, compiled: eager calls are far slower."""
+    """A function from a model, parameters and images to the stages, compiled because eager calls are far slower."""
 
     def run(model, params, images):
         return jax.jit(lambda params, images: stages(model, params, images))(params, images)

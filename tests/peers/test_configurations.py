@@ -1,4 +1,4 @@
-"""Every field of the peers' own configurations is known: honoured, refused by value, or of no consequence."""
+"""Every field of the peers' configurations is known: used, refused by its value, or without effect."""
 
 import dataclasses
 import inspect
@@ -16,18 +16,18 @@ from vit_jax.formats.torch_configs import HUGGINGFACE, TIMM, TIMM_HARMLESS, chec
 EXACT = 1e-5
 DOCUMENTED = 1e-3  # exact GELU, and the epsilons of timm's hybrids (docs/checkpoints.md)
 
-# Told by the tensors, honoured (heads, image size, class names), of consequence in training only, or about loading.
+# Given by the tensors, used (heads, image size, class names), for training only, or about loading.
 HUGGINGFACE_HARMLESS = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "encoder_stride", "pooler_output_size"),
 }
 
-# Inherited by every configuration of Hugging Face: names, outputs, the type of the weights, training, and how work is cut.
+# Inherited by every configuration of Hugging Face: names, outputs, the type of the weights, training, chunk sizes.
 HUGGINGFACE_INHERITED = {
     *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id"),
     *("model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version"),
 }
-# timm's pretrained_cfg: of the class names, the size and the scaling (honoured), how images are cut, or where files come from.
+# timm's pretrained_cfg: class names, size and scaling (used); cropping; origin of the files.
 TIMM_PRETRAINED = {
     *("input_size", "mean", "std", "num_classes", "label_names"),
     *("interpolation", "crop_pct", "test_crop_pct", "crop_mode", "test_input_size", "min_input_size", "fixed_input_size"),
@@ -58,7 +58,7 @@ def test_every_key_of_a_timm_pretrained_cfg_is_known(timm):
 
 
 def drawn(torch, model):
-    """The model with parameters that no part of its output is blind to."""
+    """The model with parameters that all have an effect on its output."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def drawn(torch, model):
 
 
 def verdict(torch, folder, theirs, size) -> str:
-    """ "refused", "agrees", "differs as documented" or "wrong": what came of reading the folder that the model was saved to."""
+    """Reads the folder that the model was saved to; returns "refused", "agrees", "differs as documented" or "wrong"."""
     images = np.random.default_rng(1).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
@@ -115,7 +115,7 @@ NO_TOKEN = dict(class_token=False, fc_norm=False)
     ],
     ids=str,
 )
-def test_argument_of_a_timm_vit_is_honoured_or_refused(arguments, expected, timm, torch, tmp_path):
+def test_argument_of_a_timm_vit_is_used_or_refused(arguments, expected, timm, torch, tmp_path):
     arguments = {**BASE, **arguments}
     model = drawn(torch, timm.create_model("vit_tiny_patch16_224", **arguments))
     timm.models.save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
@@ -142,7 +142,7 @@ TINY = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=4, intermed
     ],
     ids=str,
 )
-def test_field_of_a_huggingface_vit_is_honoured_or_refused(fields, expected, transformers, torch, tmp_path):
+def test_field_of_a_huggingface_vit_is_used_or_refused(fields, expected, transformers, torch, tmp_path):
     config = transformers.ViTConfig(**{**TINY, **fields})
     model = drawn(torch, transformers.ViTForImageClassification(config))
     model.save_pretrained(tmp_path)
@@ -169,18 +169,18 @@ def test_no_stock_timm_vit_is_read_wrongly(timm, torch, tmp_path):
     for name in timm.list_models(module=["vision_transformer", "vision_transformer_hybrid"]):
         stride = int((re.search(r"_s(\d+)", name) or re.search(r"patch(\d+)", name) or re.search("()", name))[1] or 32)
         arguments = dict(depth=1, img_size=2 * stride, num_classes=7)
-        outline = timm.create_model(name, device="meta", **arguments)
+        described = timm.create_model(name, device="meta", **arguments)
         folder = tmp_path / name
         folder.mkdir()
-        timm.models._hub.save_config_for_hf(outline, folder / "config.json", model_args=arguments)
+        timm.models._hub.save_config_for_hf(described, folder / "config.json", model_args=arguments)
         config = json.loads((folder / "config.json").read_text())
         try:
-            check_config(config, getattr(outline, "cls_token", None) is not None)
+            check_config(config, getattr(described, "cls_token", None) is not None)
             heads = heads_of(config)
         except CheckpointError:
             counts["refused"] += 1
             continue
-        assert heads == outline.blocks[0].attn.num_heads, name
+        assert heads == described.blocks[0].attn.num_heads, name
         model = drawn(torch, timm.create_model(name, **arguments))
         timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
         found = verdict(torch, folder, model, (2 * stride, 2 * stride))

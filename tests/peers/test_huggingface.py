@@ -36,7 +36,7 @@ def differences(ours, theirs) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_our_folder_in_transformers(name, transformers, random_params, random_images, our_stages, tmp_path):
+def test_transformers_reads_our_folder(name, transformers, random_params, random_images, our_stages, tmp_path):
     model, params, size = made(name, random_params)
     save_huggingface(tmp_path / "x", params, {"image_size": list(size)})
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "x").eval()
@@ -45,7 +45,7 @@ def test_our_folder_in_transformers(name, transformers, random_params, random_im
     assert theirs.config.num_labels == model.num_classes
 
 
-def test_pre_logits_are_the_pooler(transformers, random_params, random_images, our_stages, tmp_path):
+def test_pre_logits_become_the_pooler(transformers, random_params, random_images, our_stages, tmp_path):
     model, params, size = made("B/16-shaped", random_params, representation_size=40)
     save_huggingface(tmp_path / "x", params)
     theirs, said = transformers.ViTModel.from_pretrained(tmp_path / "x", output_loading_info=True)
@@ -56,7 +56,7 @@ def test_pre_logits_are_the_pooler(transformers, random_params, random_images, o
     assert differences(ours, peers.huggingface_stages(theirs.eval(), images)) < TOLERANCE
 
 
-def test_a_model_without_a_head(transformers, random_params, random_images, our_stages, tmp_path):
+def test_model_without_a_head_agrees(transformers, random_params, random_images, our_stages, tmp_path):
     model, params, size = made("B/16-shaped", random_params, num_classes=0)
     save_huggingface(tmp_path / "x", params)
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "x", add_pooling_layer=False).eval()
@@ -66,7 +66,7 @@ def test_a_model_without_a_head(transformers, random_params, random_images, our_
 
 @pytest.mark.parametrize("generation", ["names on disk", "names since 5"])
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
-def test_saved_by_transformers_here(kind, generation, transformers, torch, random_images, our_stages, tmp_path):
+def test_folder_by_transformers_is_read(kind, generation, transformers, torch, random_images, our_stages, tmp_path):
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=250, image_size=64, num_labels=7,
@@ -84,7 +84,7 @@ def test_saved_by_transformers_here(kind, generation, transformers, torch, rando
     assert differences(our_stages(model, ours, images), peers.huggingface_stages(theirs, images)) < TOLERANCE
 
 
-def test_the_pipeline_gives_our_classes(transformers, random_params, tmp_path):
+def test_pipeline_gives_our_classes(transformers, random_params, tmp_path):
     model, params, (size, _) = made("B/16-shaped", random_params)
     params["head"]["kernel"] = params["head"]["kernel"] * 3
     save_huggingface(tmp_path / "x", params, {"class_names": NAMES})
@@ -98,8 +98,8 @@ def test_the_pipeline_gives_our_classes(transformers, random_params, tmp_path):
         np.testing.assert_allclose([entry["score"] for entry in theirs], -np.sort(-mine), atol=1e-5)
 
 
-def test_where_resizing_differs(transformers, tmp_path, random_params):
-    """transformers antialiases when it shrinks an image, Google's resizing does not: equal only at the model's own size."""
+def test_resizing_differs_as_documented(transformers, tmp_path, random_params):
+    """transformers antialiases when it shrinks an image and Google's resizing does not, so only the model's size is equal."""
     _, params, (size, _) = made("B/16-shaped", random_params)
     save_huggingface(tmp_path / "x", params)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "x")
@@ -118,7 +118,7 @@ def test_where_resizing_differs(transformers, tmp_path, random_params):
         assert least <= apart <= most, name
 
 
-def test_the_exact_gelu_is_told_apart(transformers, random_params, random_images, our_stages, tmp_path):
+def test_exact_gelu_is_distinguished(transformers, random_params, random_images, our_stages, tmp_path):
     """The config's activation is what makes them agree: Hugging Face's default is told apart."""
     model, params, size = made("B/16-shaped", random_params)
     save_huggingface(tmp_path / "x", params)
@@ -127,7 +127,7 @@ def test_the_exact_gelu_is_told_apart(transformers, random_params, random_images
     assert differences(our_stages(model, params, images), peers.huggingface_stages(theirs, images)) > TOLERANCE
 
 
-def test_a_folder_for_one_is_read_as_the_folder_for_the_other(random_params, tmp_path):
+def test_folders_for_timm_and_transformers_are_read_equally(random_params, tmp_path):
     pytest.importorskip("safetensors")
     _, params, _ = made("B/16-shaped", random_params)
     save_huggingface(tmp_path / "h", params)

@@ -1,4 +1,4 @@
-"""Each peer in a process of its own, as `check --against` runs them."""
+"""Each peer in its own process, as `check --against` runs them."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ FIELDS = dict(hidden_size=48, num_layers=2, num_heads=4, mlp_dim=100, num_classe
 @pytest.mark.parametrize(
     ("peer", "absent"), [("timm", {"pre_logits", "logits"}), ("transformers", {"logits"}), ("original", set())]
 )
-def test_stages_of_a_peer(peer, absent, request, random_params, random_images, our_stages):
+def test_peer_stages_agree(peer, absent, request, random_params, random_images, our_stages):
     checkout = request.getfixturevalue(peer) if peer == "original" else request.getfixturevalue(peer) and None
     model = build("B/16", **FIELDS)
     params, images = random_params(model, 32), random_images(32)
@@ -26,7 +26,7 @@ def test_stages_of_a_peer(peer, absent, request, random_params, random_images, o
 
 
 @pytest.mark.parametrize("resnet", [(), (1, 1)])
-def test_a_hybrid_in_the_original_reads_the_file_itself(resnet, original, random_params, random_images, our_stages, tmp_path):
+def test_original_reads_a_hybrid_from_its_file(resnet, original, random_params, random_images, our_stages, tmp_path):
     model = build("R+Ti/16", hidden_size=48, num_layers=1, num_heads=4, mlp_dim=100, num_classes=5, patch_size=2,
                   resnet=resnet, resnet_width=32)  # fmt: skip
     params, images = random_params(model, 32), random_images(32)
@@ -36,7 +36,7 @@ def test_a_hybrid_in_the_original_reads_the_file_itself(resnet, original, random
     assert len(found) == 4 and max(difference for _, difference in found) < 1e-5
 
 
-def test_a_peer_that_fails_says_so(random_params, tmp_path):
+def test_failing_peer_is_an_error_with_its_message(random_params, tmp_path):
     model = build("B/16", **FIELDS)
-    with pytest.raises(CheckpointError, match="original did not run: there is no vit_jax/models_vit.py below .*--original"):
+    with pytest.raises(CheckpointError, match="original failed: there is no vit_jax/models_vit.py below .*--original"):
         peer_stages("original", model, random_params(model, 32), None, np.zeros((1, 32, 32, 3)), original=tmp_path)

@@ -1,4 +1,4 @@
-"""What the resizing of timm and transformers changes in answers: the same weights, each with its own preprocessing.
+"""How the resizing of timm and transformers changes answers: the same weights, each with its own preprocessing.
 
 Run with -rP to see the figures of docs/checkpoints.md.
 """
@@ -17,13 +17,13 @@ COUNT = 100
 
 
 def enlarged(size):
-    """CIFAR images enlarged to (width, height): smooth, as photos are that a camera has blurred."""
+    """CIFAR images enlarged to (width, height), as smooth as blurred photos."""
     images, _ = open_split(task("cifar100_excerpt"), "test").take(np.arange(0, 5 * COUNT, 5))
     return [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images]
 
 
 def textured(size):
-    """Random images with the spectrum of nature, amplitude 1/frequency, sharp to the last pixel."""
+    """Random images with the amplitude 1/frequency of natural images, with detail up to single pixels."""
     draw = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(size[1])[:, None], np.fft.rfftfreq(size[0])[None])
     frequency[0, 0] = np.inf
@@ -48,7 +48,7 @@ def graphics(size):
 
 @pytest.fixture(scope="module")
 def answers(timm, transformers, torch, tmp_path_factory):
-    """A function from images to the probabilities of mini_8 here, in timm and in transformers, each prepared its own way."""
+    """A function from images to the probabilities of mini_8 here, in timm and in transformers, each with its own preprocessing."""
     folder = tmp_path_factory.mktemp("resizing")
     _, params = load("mini_8")
     save_timm(folder / "timm", params)
@@ -80,7 +80,7 @@ def answers(timm, transformers, torch, tmp_path_factory):
         (graphics, (500, 375), 0.1, 1),
     ],
 )
-def test_resizing_changes_answers_by_as_much_as_is_documented(kind, size, least, most, answers):
+def test_resizing_changes_answers_as_documented(kind, size, least, most, answers):
     ours, theirs = answers(list(kind(size)))
     for name, found in theirs.items():
         apart = np.abs(ours - found).max(axis=1)

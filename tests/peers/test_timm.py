@@ -48,7 +48,7 @@ def worst(ours, theirs) -> float:
 
 
 def with_our_epsilons(timm, model):
-    """timm's hybrid as Google's: GroupNorm's epsilon, and weight standardisation that divides by std + 1e-5."""
+    """timm's hybrid with Google's epsilons: of GroupNorm, and weight standardisation that divides by std + 1e-5."""
     import torch
     import torch.nn.functional as F
     from timm.layers import GroupNormAct, StdConv2dSame
@@ -71,7 +71,7 @@ def with_our_epsilons(timm, model):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in HYBRIDS])
-def test_our_folder_in_timm(name, timm, random_params, random_images, our_stages, tmp_path):
+def test_timm_reads_our_folder(name, timm, random_params, random_images, our_stages, tmp_path):
     model, params, size = made(name, random_params)
     save_timm(tmp_path / "x", params, {"image_size": list(size)})
     theirs = from_folder(timm, tmp_path / "x")
@@ -81,7 +81,7 @@ def test_our_folder_in_timm(name, timm, random_params, random_images, our_stages
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_our_hybrid_in_timm(name, timm, random_params, random_images, our_stages, tmp_path):
+def test_timm_reads_our_hybrid(name, timm, random_params, random_images, our_stages, tmp_path):
     model, params, size = made(name, random_params)
     save_timm(tmp_path / "x", params)
     theirs = from_folder(timm, tmp_path / "x")
@@ -95,8 +95,8 @@ def test_our_hybrid_in_timm(name, timm, random_params, random_images, our_stages
 
 
 @pytest.mark.parametrize("name", ["B/16-shaped", "S/32-shaped", "mean of tokens", "R26+S/32-shaped", "R50+B/16-shaped"])
-def test_timm_saved_by_timm_here(name, timm, torch, random_params, random_images, our_stages, tmp_path):
-    """A model that timm made and drew and wrote, config.json and all; the heads are read from there."""
+def test_folder_by_timm_is_read(name, timm, torch, random_params, random_images, our_stages, tmp_path):
+    """A model that timm built, initialised and saved; the number of heads comes from its config.json."""
     _, params, size = made(name, random_params)
     config = to_timm(params)[1]
     arguments = {**config["model_args"], "num_classes": config["num_classes"]}
@@ -112,14 +112,14 @@ def test_timm_saved_by_timm_here(name, timm, torch, random_params, random_images
     assert from_tree(ours).num_heads == 4
     images = random_images(*size)
     assert worst(our_stages(from_tree(ours), ours, images), peers.timm_stages(theirs, images)) < TOLERANCE
-    # And back: the same tensors, to the bit.
+    # The way back gives the same tensors, bit for bit.
     again = to_timm(ours)[0]
     state = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
     assert again.keys() == state.keys() and all(np.array_equal(again[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("name", ["B/16-shaped", "S/32-shaped", "R26+S/32-shaped"])
-def test_timms_own_loader_reads_our_npz(name, timm, random_params, random_images, our_stages, tmp_path):
+def test_timm_loader_reads_our_npz(name, timm, random_params, random_images, our_stages, tmp_path):
     model, params, size = made(name, random_params)
     save_npz(tmp_path / "x.npz", params)
     config = to_timm(params)[1]
@@ -135,7 +135,7 @@ def test_timms_own_loader_reads_our_npz(name, timm, random_params, random_images
     assert worst(our_stages(model, params, images), peers.timm_stages(theirs, images)) < TOLERANCE
 
 
-def test_at_another_resolution_the_positions_are_the_originals(timm, random_params, random_images, our_stages, tmp_path):
+def test_resized_positions_are_those_of_the_original(timm, random_params, random_images, our_stages, tmp_path):
     _, params, _ = made("B/16-shaped", random_params)
     save_npz(tmp_path / "x.npz", params)
     model, resized = load(tmp_path / "x.npz", image_size=96)
@@ -143,7 +143,7 @@ def test_at_another_resolution_the_positions_are_the_originals(timm, random_para
     ours = our_stages(model, resized, images)
     save_timm(tmp_path / "resized", resized)
     assert worst(ours, peers.timm_stages(from_folder(timm, tmp_path / "resized"), images)) < TOLERANCE
-    # timm's own resizing is another one: half-pixel centres, cubic from safetensors and linear from an npz.
+    # timm resizes differently: half-pixel centres, cubic from safetensors and linear from an npz.
     save_timm(tmp_path / "as it was", params)
     theirs = from_folder(timm, tmp_path / "as it was", img_size=96)
     apart = worst({"features": ours["features"]}, peers.timm_stages(theirs, images))
@@ -156,7 +156,7 @@ def test_at_another_resolution_the_positions_are_the_originals(timm, random_para
 
 
 @pytest.mark.parametrize("variant", _ARCHITECTURES)
-def test_timm_has_every_architecture_that_the_table_names(variant, timm):
+def test_timm_has_every_architecture_of_the_table(variant, timm):
     theirs = timm.create_model(_ARCHITECTURES[variant], device="meta", num_classes=0)
     block = theirs.blocks[0]
     found = (theirs.embed_dim, len(theirs.blocks), block.attn.num_heads, block.mlp.fc1.out_features)
@@ -167,7 +167,7 @@ def test_timm_has_every_architecture_that_the_table_names(variant, timm):
         assert [len(stage.blocks) for stage in theirs.patch_embed.backbone.stages] == list(row["resnet"])
 
 
-def test_bfloat16_folder(timm, random_params, random_images, our_stages, tmp_path):
+def test_timm_reads_a_bfloat16_folder(timm, random_params, random_images, our_stages, tmp_path):
     _, params, size = made("B/16-shaped", random_params)
     save_timm(tmp_path / "x", params, dtype=ml_dtypes.bfloat16)
     ours = read_safetensors(tmp_path / "x" / "model.safetensors")
@@ -178,7 +178,7 @@ def test_bfloat16_folder(timm, random_params, random_images, our_stages, tmp_pat
     assert worst(our_stages(from_tree(ours), ours, images), peers.timm_stages(theirs, images)) < TOLERANCE
 
 
-def test_timm_prepares_images_as_the_folder_says(timm, random_params, tmp_path):
+def test_timm_prepares_images_as_in_the_folder(timm, random_params, tmp_path):
     _, params, _ = made("B/16-shaped", random_params)
     names = [f"class {i}" for i in range(7)]
     meta = {"class_names": names, "normalization": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}

@@ -1,4 +1,4 @@
-"""The command line of the weights: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
+"""The command line of checkpoints: `python -m vit_jax.checkpoints {list,get,inspect,check,convert} --help`."""
 
 import argparse
 import logging
@@ -15,47 +15,61 @@ _SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
 
 
 def main(argv: list[str] | None = None, program: str = "python -m vit_jax.checkpoints") -> int:
-    """Runs one command; returns the exit status: 0, 1 after an error or where numbers differ, 2 for a wrong command line."""
+    """Runs one command.
+
+    Args:
+      argv: arguments; None: those of the process.
+      program: the name of the command in help and errors.
+
+    Returns:
+      The exit status: 0; 1 after an error or if numbers differ; 2 for a wrong command line.
+    """
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Weights by name, into this machine and out of it. FILE and SOURCE are a file (npz, safetensors), a run's "
+        description="Downloads, describes, checks and converts weights. FILE and SOURCE are a file (npz, safetensors), a run's "
         "folder, an exported folder or a published name.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="what is published, and what of it is here")
-    listing.add_argument("--filter", metavar="TEXT", default="", help="only rows whose names or architecture contain TEXT")
+    listing = commands.add_parser("list", help="list the published files, and which are on this machine")
+    listing.add_argument("--filter", metavar="TEXT", default="", help="only files whose names or architecture contain TEXT")
     getting = commands.add_parser(
-        "get", help="download a published file, unless it is here; print its path (and on standard error its SHA-256)"
+        "get", help="download a published file if needed; print its path, and on standard error its SHA-256"
     )
     getting.add_argument("name", metavar="NAME", help='such as "B/16", "ViT-B_16" or a full AugReg name')
     getting.add_argument(
-        "--best", metavar="DS", help='of an architecture, the best of AugReg\'s files pre-trained on "i21k", "i21k_30" or "i1k"'
+        "--best",
+        metavar="DS",
+        help='the best of AugReg\'s files of the architecture NAME, pre-trained on "i21k", "i21k_30" or "i1k"',
     )
-    getting.add_argument("--index", metavar="CSV", help="AugReg's index.csv, which --best looks in; default: fetched")
+    getting.add_argument("--index", metavar="CSV", help="AugReg's index.csv for --best; default: download it")
     getting.add_argument(
         "--sha256", metavar="HEX", help="refuse a file with another SHA-256, as NAME@sha256:HEX does everywhere"
     )
-    inspecting = commands.add_parser("inspect", help="what a file holds, by its headers")
-    checking = commands.add_parser("check", help="whether a file is whole, and whether it gives the numbers that others get")
+    inspecting = commands.add_parser("inspect", help="describe a file from its headers")
+    checking = commands.add_parser(
+        "check", help="check that a file is whole, or compare its outputs with another implementation"
+    )
     for command in (inspecting, checking):
         command.add_argument("file", metavar="FILE")
     checking.add_argument(
         "--against",
         metavar="PEER",
-        help="timm, huggingface, original, or the path of an IO.npz (docs/checkpoints.md): compare stages",
+        help="compare stages with timm, huggingface, original, or an IO.npz (docs/checkpoints.md)",
     )
     checking.add_argument("--original", metavar="DIR", help="a checkout of google-research/vision_transformer")
-    checking.add_argument("--tolerance", type=float, default=1e-5, help="largest difference over largest value; default 1e-5")
+    checking.add_argument(
+        "--tolerance", type=float, default=1e-5, help="allowed largest difference over largest value; default 1e-5"
+    )
     converting = commands.add_parser("convert", help="write weights for another tool")
     converting.add_argument("source", metavar="SOURCE")
-    converting.add_argument("destination", metavar="DESTINATION", help="a file, or for timm and huggingface a new folder")
+    converting.add_argument("destination", metavar="DESTINATION", help="a file; for timm and huggingface a new folder")
     converting.add_argument(
-        "--to", choices=("google", "timm", "huggingface", "onnx", "stablehlo"), help="default: by the destination's suffix"
+        "--to", choices=("google", "timm", "huggingface", "onnx", "stablehlo"), help="default: from the destination's suffix"
     )
     converting.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights as they are stored"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the stored weights; default float32"
     )
-    converting.add_argument("--features", action="store_true", help="leave the head and pre_logits out")
+    converting.add_argument("--features", action="store_true", help="leave out the head and pre_logits")
     args = parser.parse_args(argv)
     return cli.call(lambda: _run(args))
 
@@ -78,9 +92,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _list(text: str) -> None:
-    """A table with a row for each file whose names or architecture contain a text, whatever its case.
+    """Prints a table with a row for each file whose names or architecture contain a text, in any case.
 
-    "copy" in the last column: what is here was converted from the hub, and may have no head.
+    "copy" in the last column means that the local file was converted from the hub and may have no head.
     """
     from vit_jax.checkpoints.catalogue import PUBLISHED, short_name
     from vit_jax.checkpoints.download import local
@@ -98,7 +112,7 @@ def _list(text: str) -> None:
 
 
 def _get(name: str, ds: str | None, index: str | None, demanded: str | None) -> None:
-    """Fetches a published file; prints its path on standard output and its SHA-256 on standard error."""
+    """Downloads a published file; prints its path on standard output and its SHA-256 on standard error."""
     from vit_jax.checkpoints.catalogue import resolve
     from vit_jax.checkpoints.download import best, fetch
     from vit_jax.files import sha256
@@ -108,13 +122,13 @@ def _get(name: str, ds: str | None, index: str | None, demanded: str | None) -> 
         row = resolve(f"{row.name}@sha256:{demanded}")
     path = fetch(row)
     print(path)
-    known = "as the table says" if row.sha256 else "the table has none to compare it with"
+    known = "as in the table" if row.sha256 else "not checked, the table has none"
     known = "as demanded" if row.demanded else "of a converted copy" if "copies" in path.parts else known
     print(f"sha256:{sha256(path)} ({known})", file=sys.stderr)
 
 
 def _check(source: str, against: str | None, original: str | None, tolerance: float) -> int:
-    """Reads all of a file, and compares stage by stage where asked; the exit status."""
+    """Reads a whole file, and compares its stages with `against` if given; returns the exit status."""
     import jax
     import numpy as np
 
@@ -128,18 +142,18 @@ def _check(source: str, against: str | None, original: str | None, tolerance: fl
 
     if (against == "original") != (original is not None):
         raise CheckpointError(
-            "--against original and --original DIR, a checkout of google-research/vision_transformer, go together"
+            "--against original needs --original DIR, a checkout of google-research/vision_transformer, and the reverse"
         )
     if not 0 < tolerance < 1:
-        raise CheckpointError(f"--tolerance is a difference over the largest value, between 0 and 1, got {tolerance}")
+        raise CheckpointError(f"--tolerance must be between 0 and 1, got {tolerance}")
     path = find(source)
     model, params = read(path)
     meta = meta_of(path)
     if path.suffix != ".safetensors":
         check_sums(path)
     if against is None:
-        lacks = f" (a copy without {' and '.join(meta['lacks'])})" if meta.get("lacks") else ""
-        print(printable(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values{lacks}"))
+        missing = f" (a copy without {' and '.join(meta['lacks'])})" if meta.get("lacks") else ""
+        print(printable(f"{path} is whole: {len(jax.tree.leaves(params))} arrays of finite values{missing}"))
         return 0
     reference: Any = against
     if against in parity.PEERS:
@@ -152,10 +166,10 @@ def _check(source: str, against: str | None, original: str | None, tolerance: fl
         grid = (height // model.stride, width // model.stride)
         if height % model.stride or width % model.stride or grid[0] * grid[1] != patches(model, params):
             raise CheckpointError(
-                f"{against} holds images of {height}×{width} pixels, the positions in {path} are for {patches(model, params)} "
+                f"{against} has images of {height}×{width} pixels, the positions in {path} are for {patches(model, params)} "
                 f"patches of {model.stride}×{model.stride}"
             )
-    with jax.default_matmul_precision("highest"):  # else a GPU's products are rounded to TF32
+    with jax.default_matmul_precision("highest"):  # else a GPU rounds products to TF32
         ours = jax.jit(lambda params, images: stages(model, params, images))(params, images)
     differences = parity.compare({name: np.asarray(value) for name, value in ours.items()}, reference)
     for stage, difference in differences:
@@ -166,11 +180,18 @@ def _check(source: str, against: str | None, original: str | None, tolerance: fl
 
 
 def convert(source: str, destination: Path, to: str | None = None, dtype: str = "float32", features: bool = False) -> None:
-    """Writes weights (a file, a run's or exported folder, or a published name) for another tool, whole or not at all.
+    """Writes weights for another tool, whole or not at all, and prints the destination.
 
-    `to` is "google", "timm", "huggingface", "onnx" or "stablehlo", by default what the destination's suffix says; `dtype` is
-    that of the stored weights; `features` leaves the head and pre_logits out. CheckpointError where the other side has no
-    such model; FileExistsError where a folder is to be written and something is there.
+    Args:
+      source: a file, a run's or an exported folder, or a published name.
+      destination: a file, or a folder for timm and huggingface.
+      to: "google", "timm", "huggingface", "onnx" or "stablehlo"; None: from the destination's suffix.
+      dtype: "float32" or "bfloat16", of the stored weights.
+      features: whether to leave out the head and pre_logits.
+
+    Raises:
+      CheckpointError: if the weights cannot be read or the other tool has no such model.
+      FileExistsError: if the destination folder holds something already.
     """
     import ml_dtypes
     import numpy as np
@@ -184,18 +205,18 @@ def convert(source: str, destination: Path, to: str | None = None, dtype: str = 
     to = to or next((tool for tool, suffix in _SUFFIXES.items() if suffix == destination.suffix), None)
     if to is None:
         raise CheckpointError(
-            f"{destination} does not say what for: give --to timm or --to huggingface, or a name that ends in "
+            f"{destination}: unknown suffix; give --to timm or --to huggingface, or one of the suffixes "
             + ", ".join(_SUFFIXES.values())
         )
     if to in _SUFFIXES and destination.suffix != _SUFFIXES[to]:
-        raise CheckpointError(f"{destination}: what is written for {to} has a name that ends in {_SUFFIXES[to]}")
+        raise CheckpointError(f"{destination}: the suffix of a file for {to} must be {_SUFFIXES[to]}")
     path = find(source)
     model, params = read(path, skip=("head", "pre_logits") if features else ())
     meta = meta_of(path)
     if not meta:
-        _log.warning("nothing beside %s speaks of it: Google's scaling is assumed, class names are left out", path)
+        _log.warning("%s has no description next to it: Google's scaling is assumed, class names are left out", path)
     if to in ("onnx", "stablehlo") and not model.num_classes:
-        _log.warning("%s holds no head: %s gives features", path, destination)
+        _log.warning("%s has no head, so %s returns features", path, destination)
     meta = {"source": path.name, "source_sha256": sha256(path)} | meta
     if not model.num_classes:
         meta.pop("class_names", None)

@@ -1,10 +1,9 @@
-"""The table of published checkpoints: what there is, how it is called and where it lies.
+"""The table of published checkpoints: names, architectures and addresses.
 
 A row's name is its path in Google's bucket without ".npz". Names and sizes are from the README and the listing in
-vit_jax.ipynb of google-research/vision_transformer, GSAM's from its issue 223. Which file a copy on the Hugging Face hub
-was converted from is from timm's default_cfgs (vision_transformer.py, vision_transformer_hybrid.py) and, for Google's
-own repositories, their model cards: they were converted from timm's `jx_vit_*` weights of 2020, before timm went over to
-AugReg.
+vit_jax.ipynb of google-research/vision_transformer, GSAM's from its issue 223. The originals of copies on the Hugging Face
+hub are from timm's default_cfgs (vision_transformer.py, vision_transformer_hybrid.py) and the model cards of Google's own
+repositories, which were converted from timm's `jx_vit_*` weights of 2020, before timm changed to AugReg.
 """
 
 import csv
@@ -25,22 +24,22 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A file of weights and where it lies."""
+    """A published file of weights."""
 
     name: str  # its path in Google's bucket, without ".npz"
     variant: str  # a row of vit_jax.models.variants.VARIANTS
     image_size: int  # pixels it was trained at
     num_classes: int
     addresses: tuple[str, ...]  # in the order to try them; hf://owner/repository/file is a copy as safetensors
-    mib: float  # of the npz, about
-    headless: tuple[str, ...] = ()  # those of the addresses whose copy has no head, and timm's no pre_logits either
-    size: int | None = None  # of the npz in bytes, where it is known
-    sha256: str | None = None  # of the npz, where it is known
-    demanded: str | None = None  # SHA-256 that the caller demands of the file, whichever address gives it
-    accuracy: float | None = None  # percent on ImageNet's validation set, as the README of the original gives it
+    mib: float  # approximate size of the npz in MiB
+    headless: tuple[str, ...] = ()  # the addresses whose copy has no head; timm's have no pre_logits either
+    size: int | None = None  # of the npz in bytes, if known
+    sha256: str | None = None  # of the npz, if known
+    demanded: str | None = None  # SHA-256 that the caller demands, whichever address gives the file
+    accuracy: float | None = None  # percent on ImageNet's validation set, from the original's README
 
 
-# Parameters but for the head, pre_logits and positions.
+# Numbers of parameters without head, pre_logits and positions.
 _PARAMETERS = {
     "Ti/16": 5_486_592,
     "S/16": 21_590_016,
@@ -58,8 +57,8 @@ _PARAMETERS = {
     "R50+L/32": 327_918_656,
 }
 
-# AugReg's recommended files (the README's table, by section 4.5 of "How to train your ViT?"), and the learning rate of the
-# ImageNet fine-tuning that the table gives at 384 px. B/8 came later: big_vision's models/vit.py, and the notebook's rate.
+# AugReg's recommended files (the README's table, by section 4.5 of "How to train your ViT?"), and the table's learning rate
+# for fine-tuning on ImageNet at 384 px. B/8 was published later: big_vision's models/vit.py, and the notebook's rate.
 _RECOMMENDED = {
     "L/16": ("L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", "0.01"),
     "B/16": ("B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.03"),
@@ -73,7 +72,7 @@ _RECOMMENDED = {
     "B/8": ("B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.03"),
 }
 
-# Percent of ImageNet's validation set that the recommended files give after fine-tuning at 384 px: the README's table.
+# Accuracy in percent on ImageNet's validation set after fine-tuning the recommended files at 384 px: the README's table.
 _ACCURACIES = {"L/16": 85.59, "B/16": 85.49, "S/16": 83.73, "R50+L/32": 85.99, "R26+S/32": 83.85, "Ti/16": 78.22,
                "B/32": 83.59, "S/32": 79.58, "R+Ti/16": 75.40}  # fmt: skip
 
@@ -83,7 +82,7 @@ def _i21k(model: str, recipe: str) -> str:
 
 
 def _finetuned(variant: str, size: int) -> str:
-    """The path of a recommended file after fine-tuning on ImageNet at a size."""
+    """Returns the path of a recommended file after fine-tuning on ImageNet at an image size."""
     name, rate = _RECOMMENDED[variant]
     return f"augreg/{name}--imagenet2012-steps_20k-lr_{rate}-res_{size}"
 
@@ -96,7 +95,7 @@ def _adapted(model: str, recipe: str, rate: str, size: int) -> str:
     return f"{_i21k(model, recipe)}--imagenet2012-steps_20k-lr_{rate}-res_{size}"
 
 
-# A file → the repositories of the hub that hold a copy of it, and of no other. Google's come first: they keep pre_logits.
+# File → the hub's repositories with a copy of exactly this file. Google's come first, because they keep pre_logits.
 _COPIES: dict[str, tuple[str, ...]] = {
     "imagenet21k/ViT-B_16": ("google/vit-base-patch16-224-in21k", "timm/vit_base_patch16_224.orig_in21k"),
     "imagenet21k/ViT-B_32": ("google/vit-base-patch32-224-in21k", "timm/vit_base_patch32_224.orig_in21k"),
@@ -155,7 +154,7 @@ _COPIES: dict[str, tuple[str, ...]] = {
 
 _ACCURACY = {_finetuned(variant, 384): accuracy for variant, accuracy in _ACCURACIES.items()}
 
-# What AugReg's file names call a data set → its classes. For kitti those of VTAB's distance to the closest vehicle.
+# Name of a data set in AugReg's file names → number of classes. kitti is VTAB's distance to the closest vehicle.
 _CLASSES = {"i21k": 21843, "i1k": 1000, "imagenet2012": 1000, "cifar100": 100, "oxford_iiit_pet": 37, "resisc45": 45}
 _CLASSES |= {"kitti": 4}
 _AUGREG = re.compile(
@@ -165,6 +164,7 @@ _AUGREG = re.compile(
 
 
 def _plain(name: str) -> str:
+    """Returns a name in lower case without punctuation."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -183,7 +183,7 @@ def _row(name: str, variant: str, image_size: int, num_classes: int, **known: ob
 
 
 def _augreg(name: str) -> Published | None:
-    """The row of one of AugReg's files by what its name says; None for a name that is none of theirs."""
+    """Returns the row of one of AugReg's files from its name; None if the name is not one of theirs."""
     found = _AUGREG.fullmatch(name)
     if not found or not (variant := _VARIANTS.get(_plain(found["model"]))) or variant not in _PARAMETERS:
         return None
@@ -192,7 +192,7 @@ def _augreg(name: str) -> Published | None:
     return _row(f"augreg/{name}", variant, int(found["size"] or 224), num_classes)
 
 
-# Every pre-trained file was fine-tuned with both learning rates at both sizes, B/8 only at 224 px (index.csv).
+# Every file was fine-tuned with both learning rates at both sizes, B/8 only at 224 px (index.csv).
 _FINETUNED = {
     f"{variant}-{size}": _finetuned(variant, size)
     for variant in _RECOMMENDED
@@ -206,15 +206,15 @@ def _rows() -> Iterator[Published]:
     def variant(name: str) -> str:
         return name.removesuffix("-224").replace("ViT-", "").replace("_", "/")
 
-    # Sizes and hashes: Git LFS pointers to these files in public repositories, whose sizes are those of Google's listing
-    # to its last digit. A hash is given where two sources that do not copy each other agree.
+    # Sizes and hashes are from Git LFS pointers to these files in public repositories; the sizes agree with every digit of
+    # Google's listing. A hash is given if two independent sources agree.
     known: dict[str, dict[str, object]] = {
         "imagenet21k/ViT-B_16": dict(size=412_815_506),
         "imagenet21k/R50+ViT-B_16": dict(
             size=461_217_452, sha256="ff009bf39bb4f9198b834cfe46aba2bfdaf730e933ab3e3c4b1edf4226eaafbe"
         ),
         "imagenet21k+imagenet2012/ViT-B_16": dict(size=347_502_902),
-        # Three times its parameters: by its size, an optimizer's state is in it.
+        # Three times its parameters, probably because it contains an optimizer's state.
         "sam/ViT-S_16": dict(mib=252.6),
     }
     for name in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16", "ViT-B_8", "R26+ViT-B_32",
@@ -238,7 +238,7 @@ def _rows() -> Iterator[Published]:
 
 
 PUBLISHED: dict[str, Published] = {row.name: row for row in _rows()}
-# A short name → the file that it means: an architecture, or one and the size at which it was fine-tuned on ImageNet.
+# Short name → file: an architecture, or an architecture and the image size of the fine-tuning on ImageNet.
 SHORT: dict[str, str] = {"Mini/8": "mini_8"} | {variant: f"augreg/{name}" for variant, (name, _) in _RECOMMENDED.items()}
 SHORT |= _FINETUNED
 _PLAIN_SHORT = {_plain(short): path for short, path in SHORT.items()}
@@ -247,7 +247,10 @@ _REPOSITORIES = {repository: known for known, repositories in _COPIES.items() fo
 
 
 def split_demanded(name: str) -> tuple[str, str | None]:
-    """A name or path without "@sha256:HEX" at its end, and HEX; None if it has no such end.
+    """Splits "@sha256:HEX" from the end of a name or path.
+
+    Returns:
+      The name and HEX in lower case, None if there is none.
 
     Raises:
       CheckpointError: if HEX is not 64 hexadecimal digits.
@@ -261,13 +264,13 @@ def split_demanded(name: str) -> tuple[str, str | None]:
 
 
 def short_name(path: str) -> str:
-    """A short name, at most 48 characters, that `resolve` takes for a row of PUBLISHED."""
+    """Returns a name of at most 48 characters that `resolve` accepts for a row of PUBLISHED."""
     short = [name for name, file in SHORT.items() if file == path]
     names = [*short, path.rpartition("/")[2], path, *_COPIES.get(path, ())]
-    return next(name for name in names if len(name) <= 48 and _means(name, path))
+    return next(name for name in names if len(name) <= 48 and _resolves_to(name, path))
 
 
-def _means(name: str, path: str) -> bool:
+def _resolves_to(name: str, path: str) -> bool:
     try:
         return resolve(name).name == path
     except CheckpointError:
@@ -275,13 +278,19 @@ def _means(name: str, path: str) -> bool:
 
 
 def resolve(name: str) -> Published:
-    """The row that a name means; CheckpointError with the nearest names for one that means none.
+    """Returns the row of a published file.
 
-    A path in the bucket, with or without ".npz", gs://vit_models/ or the bucket's address before it; an architecture
-    ("B/16", "R_Ti_16"): AugReg's recommended file; "B/16-384": that file after fine-tuning on ImageNet; a file's name alone:
-    the original ImageNet-21k file where there is one ("ViT-B_16"), else the only file that is called so; the name of any of
-    AugReg's files, in the table or not; a repository on the hub that holds a copy ("timm/vit_base_patch16_224.augreg_in21k").
-    After any of them "@sha256:" and 64 hexadecimal digits demand the file's hash.
+    Args:
+      name: one of these, or one with "@sha256:" and 64 hexadecimal digits at the end to demand the file's hash:
+        - a path in the bucket, with or without ".npz", "gs://vit_models/" or the bucket's address before it;
+        - an architecture ("B/16", "R_Ti_16"): AugReg's recommended file;
+        - "B/16-384": that file after fine-tuning on ImageNet;
+        - a file name without its folder: the original ImageNet-21k file ("ViT-B_16") if there is one, else the only such file;
+        - the name of any of AugReg's files, also of one that is not in the table;
+        - a repository of the hub that has a copy ("timm/vit_base_patch16_224.augreg_in21k").
+
+    Raises:
+      CheckpointError: if the name is unknown or ambiguous; the message has the nearest names.
     """
     name, demanded = split_demanded(name)
     if demanded:
@@ -297,7 +306,7 @@ def resolve(name: str) -> Published:
     if len(same) == 1:
         return PUBLISHED[same[0]]
     if same:
-        raise CheckpointError(f"several files are published as {name!r}; say which: {', '.join(same)}")
+        raise CheckpointError(f"several files are published as {name!r}: {', '.join(same)}; give one of these paths")
     names = [*PUBLISHED, *(known.rpartition("/")[2] for known in PUBLISHED), *SHORT]
     plain = {_plain(known): known for known in reversed(names)}
     near = [plain[match] for match in difflib.get_close_matches(_plain(short), plain, n=3)]
@@ -306,9 +315,10 @@ def resolve(name: str) -> Published:
 
 
 def read_index(path: str | os.PathLike) -> Iterator[dict[str, str]]:
-    """The rows of AugReg's index.csv; its columns are described in the original's vit_jax/checkpoint.py.
+    """Yields the rows of AugReg's index.csv; the original's vit_jax/checkpoint.py describes its columns.
 
-    CheckpointError for a file that is none.
+    Raises:
+      CheckpointError: if the file is not such an index.
     """
     wanted = ("name", "ds", "final_val", "filename")
     try:
@@ -324,14 +334,17 @@ def read_index(path: str | os.PathLike) -> Iterator[dict[str, str]]:
 
 
 def best(index: str | os.PathLike, name: str, ds: str = "i21k") -> Published:
-    """The file that section 4.5 of "How to train your ViT?" recommends: the best final validation accuracy in pre-training.
+    """Returns the file that section 4.5 of "How to train your ViT?" recommends.
+
+    It has the best final validation accuracy in pre-training; of several with the same accuracy, the first by name.
 
     Args:
-      index: AugReg's index.csv, a row a fine-tuning.
+      index: AugReg's index.csv, which has one row per fine-tuning.
       name: the architecture, in any spelling ("B/16", "R26_S_32").
-      ds: what it was pre-trained on, as the index calls it: "i21k", "i21k_30" (30 epochs) or "i1k".
+      ds: the data set of the pre-training, named as in the index: "i21k", "i21k_30" (30 epochs) or "i1k".
 
-    Of several files with the same accuracy, the first by name. CheckpointError where the index has no such row.
+    Raises:
+      CheckpointError: if the index has no such row.
     """
     accuracy: dict[str, float] = {}
     models: dict[str, None] = {}
@@ -341,14 +354,14 @@ def best(index: str | os.PathLike, name: str, ds: str = "i21k") -> Published:
         if _plain(row["name"] or "") != _plain(name):
             continue
         data[row["ds"]] = None
-        if row["ds"] == ds and row["final_val"]:  # nothing where training broke off
+        if row["ds"] == ds and row["final_val"]:  # empty if training was interrupted
             try:
                 accuracy[row["filename"]] = float(row["final_val"])
             except ValueError:
                 raise CheckpointError(f"{index}, line {number}: final_val is {row['final_val']!r}, not a number") from None
     if not data:
         raise CheckpointError(f"{index} has no model {name!r}; it has {', '.join(models)}")
-    accuracy = {file: value for file, value in accuracy.items() if value == value}  # without NaN, which nothing compares with
+    accuracy = {file: value for file, value in accuracy.items() if value == value}  # without NaN
     if not accuracy:
         raise CheckpointError(f"{index} has no final_val of {name} pre-trained on {ds!r}; it has {', '.join(data)}")
     return resolve(min(accuracy, key=lambda file: (-accuracy[file], file)))

@@ -1,4 +1,4 @@
-"""What a file of weights holds, told to people."""
+"""A readable description of a file of weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from vit_jax.checkpoints.catalogue import PUBLISHED
-from vit_jax.checkpoints.load import meta_of, outline
+from vit_jax.checkpoints.load import meta_of, model_of_file
 from vit_jax.errors import printable
 from vit_jax.files import sha256
 from vit_jax.formats.google import form
@@ -17,38 +17,42 @@ from vit_jax.models.vit import VisionTransformer
 
 
 def inspect(path: Path) -> str:
-    """A text for people: form, architecture, parameters, trained resolution, head, types, hash, and whatever is odd.
+    """Describes a file: form, architecture, parameters, trained resolution, head, types, hash, JSON and problems.
 
-    An npz is judged by its headers and its hash, its values are not looked at (`check` does); safetensors are read.
+    Of an npz only the headers and the hash are read (`check` reads the values); safetensors are read completely.
+
+    Returns:
+      A printable text of several lines.
+
+    Raises:
+      CheckpointError: if the file does not hold a Vision Transformer.
     """
-    model, shapes = outline(path)
+    model, shapes = model_of_file(path)
     leaves = jax.tree.leaves(shapes)
     meta = meta_of(path)
     rows = patches(model, shapes)
     grid = grid_of(meta, model.stride, rows)
     digest = sha256(path)
     types = stored_types(path) if path.suffix == ".safetensors" else sorted({str(leaf.dtype) for leaf in leaves})
-    odd = _odd(path, model, meta, grid, types)
+    problems = _problems(path, model, meta, grid, types)
     resolution = (
         f"{grid[0] * model.stride}×{grid[1] * model.stride} px, {grid[0]}×{grid[1]} patches" if grid else f"{rows} patches"
     )
-    hybrid = (
-        "" if model.resnet is None else f" behind a ResNet of {model.resnet or 'the root alone'}, width {model.resnet_width}"
-    )
+    hybrid = "" if model.resnet is None else f" after a ResNet of {model.resnet or 'the root only'}, width {model.resnet_width}"
     known = [name for name, row in PUBLISHED.items() if row.sha256 == digest]
     lines = {
         "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB",
         "form": f"{_form(path)}, {len(leaves)} arrays of {' and '.join(types)}",
-        "model": f"{name_of(model) or 'of no published size'}: {model.num_layers} blocks of {model.hidden_size}, "
+        "model": f"{name_of(model) or 'not a published size'}: {model.num_layers} blocks of {model.hidden_size}, "
         f"{model.num_heads} heads, MLP {model.mlp_dim}, patches of {model.patch_size}{hybrid}",
         "parameters": f"{sum(leaf.size for leaf in leaves):,}",
         "resolution": f"{resolution}, {'with a class token' if model.classifier == 'token' else 'mean of all tokens'}",
         "head": f"{model.num_classes:,} classes" if model.num_classes else "none",
         "pre_logits": str(model.representation_size or "none"),
         "sha256": digest + (f", published as {known[0]}" if known else ""),
-        "beside it": ", ".join(f"{printable(key, 60)} {printable(value, 60)}" for key, value in meta.items())
-        or "no JSON: Google's scaling is assumed",
-        "odd": "; ".join(odd) or "nothing",
+        "JSON": ", ".join(f"{printable(key, 60)} {printable(value, 60)}" for key, value in meta.items())
+        or "none: Google's scaling is assumed",
+        "problems": "; ".join(problems) or "none",
     }
     return "\n".join(f"{key:12}{printable(value, 4000)}" for key, value in lines.items())
 
@@ -57,23 +61,23 @@ def _form(path: Path) -> str:
     return "safetensors" if path.suffix == ".safetensors" else form(path)
 
 
-def _odd(
+def _problems(
     path: Path, model: VisionTransformer, meta: dict[str, Any], grid: tuple[int, int] | None, types: list[str]
 ) -> list[str]:
     names = meta.get("class_names")
     found = []
     if not name_of(model):
-        found.append("the architecture is no row of the table of variants")
+        found.append("the architecture is not in the table of variants")
     if grid is None:
-        found.append("the positions make no square, and no JSON says which rectangle")
+        found.append("the positions do not form a square, and no JSON gives their rectangle")
     if len(types) > 1:
         found.append("arrays of several types")
     if types and types[0] not in ("float32", "bfloat16"):
         found.append(f"{types[0]} is not a type that Google publishes")
     if names is not None and (not isinstance(names, list) or len(names) != model.num_classes):
-        found.append("the class names beside it are not as many as its classes")
+        found.append("the number of class names differs from the number of classes")
     if meta.get("lacks"):
         found.append(f"a copy without {' and '.join(meta['lacks'])}")
     if path.suffix == ".npz" and form(path) != "published":
-        found.append("the names are not spelt as in the published files (timm reads those alone)")
+        found.append("the names are not in the published form (timm reads only that form)")
     return found

@@ -1,4 +1,4 @@
-"""What is known of weights beside the weights: the JSON beside an npz, and what it has to say to be of use."""
+"""The description of weights: the JSON next to an npz, and the checks of its fields."""
 
 import json
 import math
@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import CheckpointError, printable, reason
+from vit_jax.models.vit import GOOGLE_NORMALIZATION
 
-# Of images in [0, 1]; whatever is scaled by numbers within these bounds fits into float32.
-_LARGEST_STATISTIC, _SMALLEST_STD = 1e4, 1e-4
-_DEEPEST = 20  # levels of nesting
-# Fields that only the JSON of weights has, all of them at its top level.
+# Of pixel values in [0, 1]; values scaled by statistics within these limits fit into float32.
+_MAX_STATISTIC, _MIN_STD = 1e4, 1e-4
+_MAX_DEPTH = 20  # levels of nesting
+# Fields at the top level that only a description of weights has.
 _OF_WEIGHTS = {"image_size", "normalization", "class_names", "source_sha256", "copy_of", "lacks", "accuracy", "step"}
 
 
@@ -21,23 +22,27 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def parse(text: str | bytes, source: object) -> dict[str, Any]:
-    """The JSON object that describes weights; raises CheckpointError, which begins with `source`, for anything else."""
+    """Parses the JSON object that describes weights.
+
+    Raises:
+      CheckpointError: if the text is anything else; the message begins with `source`.
+    """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{source} is not JSON: {reason(error)}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{source} should hold an object, which describes the weights, holds {printable(found, 40)!r}")
-    if _is_deeper(found, _DEEPEST):
-        raise CheckpointError(f"{source} is nested in more than {_DEEPEST} levels, which no description of weights is")
-    lacks = found.get("lacks")
-    if lacks is not None and not (isinstance(lacks, list) and all(isinstance(name, str) for name in lacks)):
-        raise CheckpointError(f"{source}: lacks should be a list of names, is {printable(lacks, 40)}")
+        raise CheckpointError(f"{source} should hold an object that describes the weights, holds {printable(found, 40)!r}")
+    if _is_deeper(found, _MAX_DEPTH):
+        raise CheckpointError(f"{source} is nested in more than {_MAX_DEPTH} levels, the limit for a description of weights")
+    missing = found.get("lacks")
+    if missing is not None and not (isinstance(missing, list) and all(isinstance(name, str) for name in missing)):
+        raise CheckpointError(f"{source}: lacks should be a list of names, is {printable(missing, 40)}")
     return found
 
 
 def describes_weights(text: str, meta: Mapping[str, Any]) -> bool:
-    """Whether the contents of a JSON file describe weights, so that `meta` may replace them; also if the JSON is damaged."""
+    """Whether a JSON file's text, also a damaged one, describes weights, so that `meta` may replace it."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError, MemoryError):
@@ -46,8 +51,15 @@ def describes_weights(text: str, meta: Mapping[str, Any]) -> bool:
 
 
 def grid_of(meta: Mapping[str, Any], stride: int, patches: int) -> tuple[int, int] | None:
-    """The grid, (height, width), of that many patches of `stride` pixels: by "image_size" where that makes as many, else a
-    square; None where they make none.
+    """Returns the grid, (height, width), of a number of patches.
+
+    Args:
+      meta: the description; its "image_size" gives the grid if it makes as many patches.
+      stride: pixels of a patch's side.
+      patches: their number.
+
+    Returns:
+      That grid, else a square one, else None if the number is not a square.
     """
     size = meta.get("image_size")
     height: Any
@@ -61,51 +73,57 @@ def grid_of(meta: Mapping[str, Any], stride: int, patches: int) -> tuple[int, in
 
 
 def image_size(meta: Mapping[str, Any], stride: int, patches: int) -> tuple[int, int]:
-    """Height and width of the images that make the patches: what `meta` says, or a square where it says nothing.
+    """Returns the height and width in pixels of the images that give this number of patches.
 
-    CheckpointError where they make no square, and where they are not as many as what it says.
+    Raises:
+      CheckpointError: if "image_size" in `meta` gives another number of patches, or is missing and the number is not a square.
     """
-    grid, said = grid_of(meta, stride, patches), meta.get("image_size")
+    grid, stated = grid_of(meta, stride, patches), meta.get("image_size")
     if grid is None:
         raise CheckpointError(
-            f"{patches} positions make no square; the JSON beside the weights should say image_size as [height, width]"
+            f"{patches} positions do not form a square; the JSON next to the weights should give image_size as [height, width]"
         )
     size = (grid[0] * stride, grid[1] * stride)
-    if said is not None and list(said if isinstance(said, list | tuple) else (said, said)) != list(size):
+    if stated is not None and list(stated if isinstance(stated, list | tuple) else (stated, stated)) != list(size):
         raise CheckpointError(
-            f"the JSON beside the weights says image_size {printable(said, 100)}, their {patches} positions are for "
+            f"image_size is {printable(stated, 100)} in the JSON next to the weights, but their {patches} positions are for "
             f"{size[0]}×{size[1]} pixels"
         )
     return size
 
 
 def class_names(meta: Mapping[str, Any], num_classes: int) -> list[str] | None:
-    """The names of the classes, None where there are none; CheckpointError where they are not as many as the classes."""
+    """Returns the names of the classes; None if there are none or the model has no head.
+
+    Raises:
+      CheckpointError: if their number is not that of the classes.
+    """
     names = meta.get("class_names")
     if not names or not num_classes:
         return None
     if not isinstance(names, list | tuple):
-        raise CheckpointError(f"class_names should be a list, the JSON beside the weights has {type(names).__name__}")
+        raise CheckpointError(f"class_names in the JSON next to the weights should be a list, is {type(names).__name__}")
     if len(names) != num_classes:
-        raise CheckpointError(f"the head has {num_classes} classes, the JSON beside the weights names {len(names)}")
-    # Half a character, which JSON may hold, can be neither printed nor written.
+        raise CheckpointError(f"the head has {num_classes} classes, but the JSON next to the weights names {len(names)}")
+    # JSON may hold a lone surrogate, which can be neither printed nor written.
     return [str(name).encode("utf-8", "backslashreplace").decode() for name in names]
 
 
 def statistics(meta: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the channels, of images in [0, 1]; Google's if `meta` does not say.
+    """Returns the channels' mean and standard deviation, of pixel values in [0, 1]; Google's if `meta` has none.
 
     Raises:
-      CheckpointError: unless each is a list of three numbers, the mean's between -1e4 and 1e4, the others between 1e-4 and 1e4.
+      CheckpointError: unless each is a list of three numbers, the mean's from -1e4 to 1e4, the standard deviation's from 1e-4
+        to 1e4.
     """
-    found = meta.get("normalization") or {"mean": 3 * [0.5], "std": 3 * [0.5]}
+    found = meta.get("normalization") or dict(zip(("mean", "std"), GOOGLE_NORMALIZATION, strict=True))
     if isinstance(found, Mapping):
-        mean, std = (_three(found.get(name), least) for name, least in (("mean", -_LARGEST_STATISTIC), ("std", _SMALLEST_STD)))
+        mean, std = (_three(found.get(name), least) for name, least in (("mean", -_MAX_STATISTIC), ("std", _MIN_STD)))
         if mean and std:
             return mean, std
     raise CheckpointError(
-        "normalization should hold a mean and a std of three numbers each, of images in [0, 1] and none larger than "
-        f"{_LARGEST_STATISTIC:g}, a std at least {_SMALLEST_STD:g}; the JSON beside the weights has {printable(found, 200)}"
+        f"normalization in the JSON next to the weights is {printable(found, 200)}; it should hold a mean and a std of three "
+        f"numbers each, of pixel values in [0, 1], none above {_MAX_STATISTIC:g}, the std's at least {_MIN_STD:g}"
     )
 
 
@@ -114,5 +132,5 @@ def _three(values: Any, least: float) -> list[float] | None:
         return None
     if not all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values):
         return None
-    # A comparison takes whole numbers too large for a float, and is false for NaN.
-    return [float(value) for value in values] if all(least <= value <= _LARGEST_STATISTIC for value in values) else None
+    # Comparisons accept integers too large for a float, and are false for NaN.
+    return [float(value) for value in values] if all(least <= value <= _MAX_STATISTIC for value in values) else None

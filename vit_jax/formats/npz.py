@@ -1,4 +1,4 @@
-"""Reads npz files of unknown origin: every claim is checked before memory is allocated, and nothing is ever unpickled."""
+"""Reads npz files of unknown origin: sizes are checked before memory is allocated, and nothing is unpickled."""
 
 import contextlib
 import dataclasses
@@ -17,21 +17,21 @@ import numpy as np
 from vit_jax.errors import CheckpointError, reason
 
 BFLOAT16 = np.dtype("V2")  # NumPy writes bfloat16 as two bytes without a meaning
-# How an npy file begins → the bytes that give its header's length, and NumPy's parser of both.
+# First bytes of an npy file → the number of bytes that give its header's length, and NumPy's parser of the header.
 _NUMPY = {
     b"\x93NUMPY\x01\x00": (2, np.lib.format.read_array_header_1_0),
     b"\x93NUMPY\x02\x00": (4, np.lib.format.read_array_header_2_0),
 }
-_LONGEST_HEADER = 1024  # bytes; an array of weights needs 118
-_MOST_AXES = 32
-_MOST_MEMBERS = 10_000  # H/14 with its optimizer's state has fewer than 2,000
+_MAX_HEADER = 1024  # bytes; an array of weights needs 118
+_MAX_AXES = 32
+_MAX_MEMBERS = 10_000  # H/14 with its optimizer's state has fewer than 2,000
 _CHUNK = 2**20  # bytes read at a time
-_LARGEST_RATIO = 16  # of what a file unpacks to over its size; float32 weights stored in the best of ways stay below 3
+_MAX_RATIO = 16  # unpacked bytes over the file's size; float32 weights that are compressed well stay below 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """An array in a file, as its header describes it; its values have not been read."""
+    """An array in a file as its header describes it. Its values have not been read."""
 
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Member:
 
 
 class _Positioned:
-    """A file for one `zipfile.ZipFile`, with a position of its own on a descriptor that several threads read."""
+    """A file object for one `zipfile.ZipFile`: its own position on a descriptor that several threads share."""
 
     def __init__(self, descriptor: int):
         self._descriptor, self._at = descriptor, 0
@@ -59,7 +59,7 @@ class _Positioned:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size()}[whence]
         if at < 0:
-            raise OSError(f"a seek to {at}, before the file's beginning")
+            raise OSError(f"seek to {at}, before the start of the file")
         self._at = at
         return at
 
@@ -74,10 +74,10 @@ class _Positioned:
 
 
 class Npz:
-    """An npz that several threads may read at once; a context manager.
+    """An npz file that several threads may read at once; a context manager.
 
-    The file is opened once: one that replaces it meanwhile is not seen. Each thread has its own `zipfile.ZipFile`, because
-    one that threads share gives wrong bytes on Python 3.12 and 3.13.
+    The file is opened once, so a file that replaces it later is not read. Each thread has its own `zipfile.ZipFile`, because
+    a shared one gives wrong bytes on Python 3.12 and 3.13.
 
     Args:
       path: the file.
@@ -86,11 +86,11 @@ class Npz:
       largest: bytes that the arrays may take together; default: 16 times the file's size.
 
     Attributes:
-      infos: array's name → its entry in the zip's directory.
+      infos: the array's name → its entry in the zip's directory.
 
     Raises:
-      CheckpointError: if the file is no npz or claims what no such file holds; every method raises it, with the file's name
-        and the array's.
+      CheckpointError: if the file is not an npz or its sizes are impossible; every method raises it and names the file and
+        the array.
       OSError: if the file cannot be opened.
     """
 
@@ -125,31 +125,31 @@ class Npz:
             raise CheckpointError(f"{path} is empty; {self._advice}")
         try:
             infos = self._archive().infolist()
-        except Exception as error:  # a damaged directory makes zipfile raise nearly anything
-            raise CheckpointError(f"{path} is no npz, or is cut short ({reason(error)}); {self._advice}") from None
+        except Exception as error:  # zipfile raises many kinds for a damaged directory
+            raise CheckpointError(f"{path} is not an npz file or is truncated ({reason(error)}); {self._advice}") from None
         if not infos:
-            raise CheckpointError(f"{path} is a zip but no npz of {self._kind}: it holds nothing")
-        if len(infos) > _MOST_MEMBERS:
-            raise CheckpointError(f"{path} holds {len(infos)} members, an npz of {self._kind} at most {_MOST_MEMBERS}")
+            raise CheckpointError(f"{path} is a zip file but not an npz of {self._kind}: it is empty")
+        if len(infos) > _MAX_MEMBERS:
+            raise CheckpointError(f"{path} holds {len(infos)} members, an npz of {self._kind} has at most {_MAX_MEMBERS}")
         found: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             name = info.filename.removesuffix(".npy")
             if name == info.filename:
-                raise CheckpointError(f"{path} is a zip but no npz of {self._kind}: it holds {name[:100]!r}")
+                raise CheckpointError(f"{path} is a zip file but not an npz of {self._kind}: it holds {name[:100]!r}")
             if name in found:
                 raise CheckpointError(f"{path} holds {info.filename[:100]!r} twice")
             found[name] = info
-        # Members that share bytes, or swell: no such file does, and what they would fill is not allocated.
+        # A hostile file has members that share bytes or expand enormously: refused before memory is allocated.
         unpacked = sum(info.file_size for info in infos)
-        largest = _LARGEST_RATIO * size if self._largest is None else self._largest
+        largest = _MAX_RATIO * size if self._largest is None else self._largest
         if sum(info.compress_size for info in infos) > size or unpacked > largest:
             raise CheckpointError(
-                f"{path} holds {size} bytes and would unpack to {unpacked}, which no file of {self._kind} does"
+                f"{path} has {size} bytes and would unpack to {unpacked}, more than an npz of {self._kind} can hold"
             )
         return found
 
     def _archive(self) -> zipfile.ZipFile:
-        """The calling thread's handle."""
+        """Returns the calling thread's handle."""
         if not hasattr(self._of_thread, "archive"):
             file: Any = _Positioned(self._descriptor)
             self._of_thread.archive = self._closing.enter_context(zipfile.ZipFile(file))
@@ -160,41 +160,41 @@ class Npz:
         return CheckpointError(f"{self.path}: {name!r} cannot be read ({why}); {self._advice}")
 
     def header(self, name: str) -> Member:
-        """What an array's header says, once that agrees with the member's size."""
+        """Reads an array's header and checks it against the member's size."""
         info = self.infos[name]
         try:
             with self._archive().open(info) as member, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the header is Python to NumPy's parser, which may complain of its spelling
+                warnings.simplefilter("ignore")  # NumPy parses the header as Python, which may warn of its syntax
                 magic = member.read(8)
                 if magic not in _NUMPY:
-                    raise ValueError("it is no NumPy array")
+                    raise ValueError("it is not a NumPy array")
                 digits, parse = _NUMPY[magic]
                 length = member.read(digits)
-                if (claimed := int.from_bytes(length, "little")) > _LONGEST_HEADER:
+                if (claimed := int.from_bytes(length, "little")) > _MAX_HEADER:
                     raise ValueError(f"its header claims {claimed} bytes")
                 shape, fortran_order, dtype = parse(io.BytesIO(length + member.read(claimed)))
                 start = member.tell()
-        except Exception as error:  # zip, zlib, NumPy and its header's parser each raise their own
+        except Exception as error:  # zip, zlib and NumPy each raise their own
             raise self._unreadable(name, error) from None
         if dtype.hasobject:
             raise CheckpointError(f"{self.path}: {name!r} is a pickled object, which is never loaded")
         if dtype.subdtype:
             raise self._unreadable(name, f"its type {dtype} is an array")
-        if len(shape) > _MOST_AXES:
-            raise self._unreadable(name, f"it has {len(shape)} axes, at most {_MOST_AXES} are expected")
-        if not all(type(side) is int and 0 <= side for side in shape):  # NumPy's parser takes True for a whole number
+        if len(shape) > _MAX_AXES:
+            raise self._unreadable(name, f"it has {len(shape)} axes, at most {_MAX_AXES} are expected")
+        if not all(type(side) is int and 0 <= side for side in shape):  # NumPy's parser accepts True as an integer
             raise self._unreadable(name, f"its shape is {str(shape)[:100]}")
-        promised, there = math.prod(shape) * dtype.itemsize, info.file_size - start
-        # NumPy multiplies the sides without the zeros, too.
-        if promised != there or math.prod(side for side in shape if side) * dtype.itemsize >= 2**62:
+        claimed_size, there = math.prod(shape) * dtype.itemsize, info.file_size - start
+        # NumPy also computes the product without the zeros.
+        if claimed_size != there or math.prod(side for side in shape if side) * dtype.itemsize >= 2**62:
             raise self._unreadable(
-                name, f"shape {str(list(shape))[:100]} of {dtype} takes {str(promised)[:30]} bytes, there are {there}"
+                name, f"shape {str(list(shape))[:100]} of {dtype} takes {str(claimed_size)[:30]} bytes, there are {there}"
             )
         return Member(info, shape, fortran_order, dtype, start)
 
     def values(self, member: Member) -> np.ndarray:
-        """An array's values in the stored type. Reads to the member's end, which is where its CRC is checked."""
-        # If it begins at a multiple of 64 bytes, JAX uses an array's memory on a CPU instead of copying it.
+        """Reads an array's values in the stored type, up to the member's end, because its CRC is checked there."""
+        # JAX uses an array's memory on a CPU without a copy if it begins at a multiple of 64 bytes.
         size = math.prod(member.shape) * member.dtype.itemsize
         raw = np.empty(size + 64, np.uint8)
         begin = -raw.ctypes.data % 64
@@ -205,7 +205,7 @@ class Npz:
                 for at in range(0, size, _CHUNK):
                     wanted = min(_CHUNK, size - at)
                     part = file.read(wanted)
-                    if len(part) != wanted:  # NumPy would repeat a single byte over all of the chunk
+                    if len(part) != wanted:  # else NumPy would broadcast a single byte over the chunk
                         raise ValueError(f"it ends after {at + len(part)} of {size} bytes")
                     raw[at : at + wanted] = np.frombuffer(part, np.uint8)
                 file.read(1)

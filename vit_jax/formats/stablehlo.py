@@ -1,4 +1,4 @@
-"""What a StableHLO file of this package says of its weights."""
+"""The description of the weights in a StableHLO file of this package."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,16 @@ _ABOUT_THE_PROGRAM = ("input", "outputs", "resize", "dtype", "platforms", "calli
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a StableHLO file says of its weights, in the terms of the JSON beside an npz; CheckpointError where it cannot."""
+    """Reads the description of the weights in a StableHLO file.
+
+    Returns:
+      The fields of the JSON next to an npz.
+
+    Raises:
+      CheckpointError: if the file is not a StableHLO file of this package or is damaged.
+    """
     with Npz(path, "a program", "write it again") as file:
         if "about" not in file.infos:
-            raise CheckpointError(f"{path} is no StableHLO file of ours: it has no 'about'")
+            raise CheckpointError(f"{path} is not a StableHLO file of this package: it has no 'about'")
         about = parse(file.values(file.header("about")).tobytes(), f"{path}: 'about'")
     return {name: value for name, value in about.items() if name not in _ABOUT_THE_PROGRAM}

@@ -1,7 +1,7 @@
-"""The configurations of timm and Hugging Face: what in them changes a model's numbers is ours, or the file is refused.
+"""The configurations of timm and Hugging Face: a field that asks for another computation than Google's models is refused.
 
-A configuration may ask for another activation, pooling or normalisation than the tensors show. Every field below is either
-of no consequence for inference, told by the tensors' shapes, or has to have the value that Google's models have.
+A configuration may ask for an activation, a pooling or a normalisation that the tensors do not show. Every known field
+either has no effect on inference, is given by the tensors' shapes, or must have the value of Google's models.
 Sources: timm 1.0 `models/vision_transformer.py` (`VisionTransformer.__init__`) and `models/_hub.py`; transformers 5
 `models/vit/configuration_vit.py`.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 from vit_jax.errors import CheckpointError, printable
 from vit_jax.formats.meta import statistics
+from vit_jax.models.vit import GOOGLE_NORMALIZATION
 
-_LARGEST_EPSILON = 1e-5  # of LayerNorm; ours is 1e-6, and up to here the outputs agree to about 1e-5
+_LARGEST_EPSILON = 1e-5  # of LayerNorm; ours is 1e-6, and up to this limit the outputs agree to about 1e-5
 
 
 def _is(*values: Any) -> Callable[[Any], bool]:
@@ -24,14 +25,14 @@ def _is_small(found: Any) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found <= _LARGEST_EPSILON
 
 
-# Field → what its value may be. GELU: Google's models use the tanh approximation whatever the copies say (docs/checkpoints.md).
+# Field → check of its value. GELU: Google's models use the tanh approximation whatever the copies say (docs/checkpoints.md).
 HUGGINGFACE: dict[str, Callable[[Any], bool]] = {
     "hidden_act": _is("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python", "gelu_python_tanh"),
     "layer_norm_eps": _is_small,
     "pooler_act": _is("tanh", None),
     "qkv_bias": _is(True),
     "num_channels": _is(3),
-    "model_type": _is("vit", "vit_msn"),  # others share the tensors' names and compute something else
+    "model_type": _is("vit", "vit_msn"),  # other models have the same tensors and compute something else
     "pruned_heads": _is({}, None),
 }
 TIMM: dict[str, Callable[[Any], bool]] = {
@@ -49,7 +50,7 @@ TIMM: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("fc_norm", "pool_include_prefix"), _is(None, False)),
     "class_token": _is(True, False),  # compared with the tensors
 }
-# Told by the tensors, of consequence in training only, or about loading.
+# Given by the tensors, used in training only, or about loading.
 TIMM_HARMLESS = frozenset(
     [
         *("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "backbone"),
@@ -58,23 +59,23 @@ TIMM_HARMLESS = frozenset(
         *("weight_init", "fix_init"),
     ]
 )
-# Of timm's names of architectures those of plain Vision Transformers; others set fields that no file repeats.
+# timm's names of plain Vision Transformers; other architectures set fields that the file does not repeat.
 _PLAIN = re.compile(r"(vit|deit)_([a-z0-9]+)_(patch\d+|r\d*_s\d+(_p\d+)?)(_siglip_gap)?_\d+(\.\w+)?")
-# Attention heads by the size in an architecture's name: what timm takes if no argument tells it, whatever the width.
+# Attention heads by the size in an architecture's name: timm's default, whatever the width.
 _HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 16, "gigantic": 16, "so400m": 16, "giantopt": 16}
-_HUGGINGFACE_HEADS = 12  # likewise, of every width
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # what timm takes if a configuration has none
+_HUGGINGFACE_HEADS = 12  # transformers' default, whatever the width
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # timm's default
 
 
 def check_config(config: Mapping[str, Any], has_class_token: bool) -> None:
-    """Refuses a config.json next to a safetensors file that asks for another computation than this package's.
+    """Checks that config.json next to a safetensors file asks for the computation of this package's models.
 
     Raises:
-      CheckpointError: naming the field, its value, and that no model here computes it.
+      CheckpointError: if it does not; the message names the field and its value.
     """
     arguments = config.get("model_args")
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise CheckpointError(f"model_args in config.json is no object: {printable(arguments, 80)}")
+        raise CheckpointError(f"model_args in config.json should be an object, is {printable(arguments, 80)}")
     for name, allowed in HUGGINGFACE.items():
         if name in config and not allowed(config[name]):
             raise _refused(name, config[name])
@@ -91,33 +92,35 @@ def check_config(config: Mapping[str, Any], has_class_token: bool) -> None:
         pooling = found.get("global_pool")
         if pooling not in (None, "token" if has_class_token else "avg"):
             raise CheckpointError(
-                f"config.json asks for {printable(pooling, 80)!r} pooling ({where}global_pool), and the file has "
-                f"{'a' if has_class_token else 'no'} class token: no model of Google's pools so"
+                f"config.json has {where}global_pool = {printable(pooling, 80)!r}, expected "
+                f"{'token' if has_class_token else 'avg'!r} because the file has {'a' if has_class_token else 'no'} class token"
             )
     if (arguments or {}).get("class_token", has_class_token) != has_class_token:
         raise _refused("model_args.class_token", arguments["class_token"])  # type: ignore[index]
 
 
 def heads_of(config: Mapping[str, Any]) -> int | None:
-    """The number of attention heads as the maker's own library takes it, its default included.
+    """Returns the number of attention heads that timm or transformers would use, their defaults included.
 
     Returns:
       None if the configuration is neither timm's nor Hugging Face's.
 
     Raises:
-      CheckpointError: if it is no positive integer, or if an unknown architecture of timm's leaves it out.
+      CheckpointError: if it is not a positive integer, or is missing and timm's architecture is unknown.
     """
     arguments = config.get("model_args")
     found = config.get("num_attention_heads", arguments.get("num_heads") if isinstance(arguments, Mapping) else None)
     if found is not None:
         if type(found) is not int or found < 1:
-            raise CheckpointError(f"config.json beside it says that there are {printable(repr(found), 80)} attention heads")
+            raise CheckpointError(
+                f"config.json next to it gives {printable(repr(found), 80)} attention heads, expected a positive integer"
+            )
         return found
     if "architecture" in config:
         plain = _PLAIN.fullmatch(str(config["architecture"]))
         if not plain or plain[2] not in _HEADS:
             raise CheckpointError(
-                f"config.json does not say how many attention heads {printable(repr(config['architecture']), 80)} has; "
+                f"config.json does not give how many attention heads {printable(repr(config['architecture']), 80)} has; "
                 "add model_args.num_heads"
             )
         return _HEADS[plain[2]]
@@ -125,13 +128,13 @@ def heads_of(config: Mapping[str, Any]) -> int | None:
 
 
 def describe(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json say of the weights, in the terms of the JSON next to an npz.
+    """Translates config.json and preprocessor_config.json to the fields of the JSON next to an npz.
 
     Returns:
       "image_size", "normalization" and "class_names", each if it is given.
 
     Raises:
-      CheckpointError: for a field that is given and cannot be used, by its name.
+      CheckpointError: if a field cannot be used; the message names it.
     """
     meta = {
         "image_size": _image_size(config),
@@ -149,12 +152,12 @@ def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """timm's description of the pre-training; its older files have the same fields at the top level."""
+    """Returns timm's description of the pre-training; older files have its fields at the top level."""
     return _object(config, "pretrained_cfg") or (config if "architecture" in config else {})
 
 
 def _image_size(config: Mapping[str, Any]) -> int | list[int] | None:
-    """A side or [height, width]. The argument with which timm's model was built goes before what it was pre-trained on."""
+    """Returns a side or [height, width]. The argument of timm's model takes precedence over the size in pre-training."""
     found, name = _object(config, "model_args").get("img_size"), "model_args.img_size"
     if found is None:
         found, name = _pretrained(config).get("input_size"), "input_size"
@@ -177,9 +180,10 @@ def _normalization(config: Mapping[str, Any], processor: Mapping[str, Any]) -> d
     elif processor:
         factor = processor.get("rescale_factor", 1 / 255)
         if processor.get("do_rescale", True) is not True or type(factor) is not float or not abs(255 * factor - 1) < 1e-6:
-            raise CheckpointError("preprocessor_config.json does not scale pixels by 1/255 (do_rescale, rescale_factor)")
+            raise CheckpointError("do_rescale and rescale_factor in preprocessor_config.json should scale pixels by 1/255")
         found = {name: processor.get(f"image_{name}") for name in ("mean", "std")}
-        found = {name: 3 * [0.5] if value is None else value for name, value in found.items()}
+        google = dict(zip(("mean", "std"), GOOGLE_NORMALIZATION, strict=True))  # transformers' default as well
+        found = {name: list(google[name]) if value is None else value for name, value in found.items()}
         found = {name: 3 * [value] if isinstance(value, int | float) else value for name, value in found.items()}
         if not processor.get("do_normalize", True):
             found = {"mean": 3 * [0.0], "std": 3 * [1.0]}
@@ -194,17 +198,17 @@ def _class_names(config: Mapping[str, Any]) -> list[str] | None:
     labels = config.get("id2label")
     if labels is not None:
         if not isinstance(labels, Mapping) or {str(i) for i in range(len(labels))} != labels.keys():
-            raise CheckpointError("id2label in config.json should be an object with the keys 0, 1, …, one for each class")
+            raise CheckpointError("id2label in config.json should be an object with the keys 0, 1, …, one per class")
         names = [labels[str(i)] for i in range(len(labels))]
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError("the class names in config.json (label_names, id2label) should be text, one for each class")
-    return None if names[:1] == ["LABEL_0"] else names  # which transformers makes up
+        raise CheckpointError("label_names or id2label in config.json should hold strings, one per class")
+    return None if names[:1] == ["LABEL_0"] else names  # names that transformers generates
 
 
 def _refused(name: str, value: Any) -> CheckpointError:
     return CheckpointError(
-        f"config.json has {printable(name, 80)} = {printable(repr(value), 80)}, which changes the model's numbers in a "
-        "way that is not supported here"
+        f"config.json has {printable(name, 80)} = {printable(repr(value), 80)}, which changes the model's outputs and is not "
+        "supported"
     )

@@ -1,7 +1,7 @@
-"""The safetensors files of timm and Hugging Face, and the configurations beside them.
+"""The safetensors files of timm and Hugging Face, and the configuration files next to them.
 
-The format has no checksums. A file that is written here carries the hash of every tensor in its metadata, and the number of
-attention heads, which no tensor tells.
+The format has no checksums. A file that this package writes has in its metadata the hash of every tensor, and the number of
+attention heads, which the tensors do not show.
 """
 
 import errno
@@ -17,34 +17,35 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vit_jax.errors import CheckpointError
+from vit_jax.errors import CheckpointError, reason
 from vit_jax.files import whole_folder
 from vit_jax.formats.torch_configs import check_config, describe, heads_of
-from vit_jax.formats.torch_names import from_torch, quoted, tops
+from vit_jax.formats.torch_names import from_torch, short_repr, torch_module_names
 
-_HEADER_LIMIT = 2**20  # bytes; H/14 needs a fifth of it
+TENSORS_FILE = "model.safetensors"  # its name in a folder of timm or transformers
+_MAX_HEADER = 2**20  # bytes; H/14 needs a fifth of it
 _DTYPES = ("F32", "F16", "BF16")
-_HASHES = "vit_jax.sha256"  # in a header's metadata: a JSON object, tensor → hash
+_HASHES = "vit_jax.sha256"  # key of the metadata: a JSON object, tensor → hash
 
 
 def _digest(name: str, array: np.ndarray, heads: str) -> str:
-    """SHA-256 of everything that a tensor stands for: its bytes as stored, and what the header says of them."""
+    """Returns the SHA-256 of a tensor: its bytes as stored, its name, type and shape, and the number of heads."""
     digest = hashlib.sha256(json.dumps([name, str(array.dtype), list(array.shape), heads]).encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 class _Tensors(Mapping[str, np.ndarray]):
-    """The tensors of an open safetensors file, each read when it is asked for and checked then."""
+    """The tensors of an open safetensors file. Each is read and checked when it is accessed."""
 
     def __init__(self, file: Any, metadata: Mapping[str, str], without: tuple[str, ...]):
         self._file, self._heads = file, metadata.get("num_heads", "")
-        self._stored = list(file.offset_keys())  # in the order in which they lie
+        self._stored = list(file.offset_keys())  # in the order of their offsets
         self.names = [name for name in self._stored if not name.removeprefix("vit.").startswith(without)]
-        self._digests = _json(metadata[_HASHES], "the hashes in its metadata") if _HASHES in metadata else None
+        self._digests = _json(metadata[_HASHES], f"{_HASHES} in its metadata") if _HASHES in metadata else None
         if self._digests is not None and self._digests.keys() != set(self._stored):
             name = min(self._digests.keys() ^ set(self._stored))
-            raise CheckpointError(f"its hashes and its tensors differ: {quoted(name)} is in one of them alone")
+            raise CheckpointError(f"the hashes and the tensors have different names: only one of them has {short_repr(name)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -55,13 +56,15 @@ class _Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         kind = self._file.get_slice(name).get_dtype()
         if kind not in _DTYPES:
-            raise CheckpointError(f"{quoted(name)} has type {kind}, expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+            raise CheckpointError(f"{short_repr(name)} has type {kind}, expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
         stored = self._file.get_tensor(name)
         if self._digests is not None and self._digests[name] != _digest(name, stored, self._heads):
-            raise CheckpointError(f"{quoted(name)} is not what was written: its hash is another; copy the file again")
+            raise CheckpointError(
+                f"{short_repr(name)} is damaged (its hash differs from the recorded one); copy the file again"
+            )
         array = stored.astype(np.float32, copy=False)
         if array.size and not np.isfinite([array.min(), array.max()]).all():
-            raise CheckpointError(f"{quoted(name)} holds values that are not finite")
+            raise CheckpointError(f"{short_repr(name)} holds values that are not finite")
         return array
 
 
@@ -69,25 +72,29 @@ def _json(text: str, what: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} are no JSON ({error})") from None
+        raise CheckpointError(f"{what} is not JSON ({error})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{what} are no JSON object")
+        raise CheckpointError(f"{what} should be a JSON object")
     return found
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
-    """The JSON of that name beside a file; empty where there is none."""
-    beside = path.with_name(name)
-    if not beside.is_file():
+def _read_json_next_to(path: Path, name: str) -> dict[str, Any]:
+    """Reads the JSON file of that name next to a file; returns an empty object if there is none."""
+    json_path = path.with_name(name)
+    if not json_path.is_file():
         return {}
     try:
-        return _json(beside.read_text(encoding="utf-8"), f"the contents of {name} beside it")
+        return _json(json_path.read_text(encoding="utf-8"), f"{name} next to it")
     except UnicodeDecodeError:
-        raise CheckpointError(f"the contents of {name} beside it are no JSON (not text)") from None
+        raise CheckpointError(f"{name} next to it is not JSON (not UTF-8 text)") from None
 
 
 def stored_types(path: str | os.PathLike) -> list[str]:
-    """The types in a safetensors file, as NumPy calls them; CheckpointError as `read_safetensors`."""
+    """Returns the sorted NumPy names of the types in a safetensors file.
+
+    Raises:
+      CheckpointError: as `read_safetensors`.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -97,24 +104,28 @@ def stored_types(path: str | os.PathLike) -> list[str]:
         with safe_open(path, framework="numpy") as file:
             found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({error})") from None
+        raise _unreadable(path, error) from None
     return sorted(names.get(kind, kind) for kind in found)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json beside a safetensors file say, in the terms of the JSON beside an npz.
+    """Reads config.json and preprocessor_config.json next to a safetensors file as the fields of the JSON next to an npz.
 
-    "image_size", "normalization" and "class_names", each if it is given. CheckpointError for what is no JSON or of no use.
+    Returns:
+      "image_size", "normalization" and "class_names", each if it is given.
+
+    Raises:
+      CheckpointError: if a file is not JSON or a field cannot be used.
     """
     path = Path(path)
     try:
-        return describe(_beside(path, "config.json"), _beside(path, "preprocessor_config.json"))
+        return describe(_read_json_next_to(path, "config.json"), _read_json_next_to(path, "preprocessor_config.json"))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def _check_header(path: Path) -> None:
-    """Everything about a safetensors file that can be told from its first eight bytes."""
+    """Raises CheckpointError if the path or the first eight bytes show that it is not a safetensors file of weights."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected a safetensors file")
     if not path.is_file():
@@ -123,39 +134,51 @@ def _check_header(path: Path) -> None:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
-        raise CheckpointError(f"{path} is no safetensors file, or is cut short; download it again")
-    if length > _HEADER_LIMIT:
-        raise CheckpointError(f"{path} has a header of {length} bytes, no Vision Transformer needs more than {_HEADER_LIMIT}")
+        raise CheckpointError(f"{path} is not a safetensors file or is truncated; download it again")
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{path} has a header of {length} bytes, at most {_MAX_HEADER} are allowed")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is not a safetensors file or is damaged ({reason(error)}); download it again")
 
 
 def read_safetensors(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The parameter tree of a timm or Hugging Face safetensors file: nested dicts of float32 arrays under Google's names.
+    """Reads the parameter tree of a timm or Hugging Face safetensors file.
 
-    Float32, float16 and bfloat16 are read. Modules named in `skip` ("head", "pre_logits") are not read from disk. The number
-    of attention heads comes from the metadata that `save_timm` and `save_huggingface` write, else from the config.json
-    beside the file, else from the table of variants. Hashes that those two wrote are checked, tensor by tensor; files of
-    other makers carry none. Raises CheckpointError with the file and the tensor it is about.
+    The number of attention heads comes from the metadata that `save_timm` and `save_huggingface` write, else from the
+    config.json next to the file, else from the table of variants. The hashes that these two write are checked for every
+    tensor; files from other tools have none.
+
+    Args:
+      path: the file; its tensors are float32, float16 or bfloat16.
+      skip: names of modules ("head", "pre_logits") that are not read from disk.
+
+    Returns:
+      Nested dicts of float32 NumPy arrays under Google's names.
+
+    Raises:
+      CheckpointError: if the file cannot be read or holds another model; the message names the file and the tensor.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     _check_header(path)
     try:
-        # Reading rather than mapping: a mapped file counts as memory as well.
+        # Reads instead of mapping, because a mapped file counts as memory, too.
         with safe_open(path, framework="numpy", backend="pread") as file:
             metadata = file.metadata() or {}
-            without = tuple(f"{name}." for module in skip for name in tops(module))
+            without = tuple(f"{name}." for module in skip for name in torch_module_names(module))
             tensors = _Tensors(file, metadata, without)
-            said = metadata.get("num_heads", "")
-            if said and not re.fullmatch(r"[1-9]\d{0,3}", said):
-                raise CheckpointError(f"its metadata says that there are {quoted(said)} attention heads")
-            config = _beside(path, "config.json")
+            stated = metadata.get("num_heads", "")
+            if stated and not re.fullmatch(r"[1-9]\d{0,3}", stated):
+                raise CheckpointError(f"num_heads in its metadata is {short_repr(stated)}, expected a positive integer")
+            config = _read_json_next_to(path, "config.json")
             check_config(config, any(name.rpartition(".")[2] == "cls_token" for name in tensors.names))
-            heads = int(said) if said else heads_of(config)
+            heads = int(stated) if stated else heads_of(config)
             return from_torch(tensors, heads, skip)
     except (SafetensorError, OSError) as error:
-        reason = "".join(filter(str.isprintable, " ".join(str(error)[:200].split())))  # it may quote the file
-        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({reason})") from None
+        raise _unreadable(path, error) from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -163,7 +186,19 @@ def read_safetensors(path: str | os.PathLike, skip: tuple[str, ...] = ()) -> dic
 def save_folder(
     folder: str | os.PathLike, tensors: dict[str, np.ndarray], heads: int, dtype: Any, texts: Mapping[str, dict[str, Any]]
 ) -> None:
-    """A folder with the tensors, what is needed to read them back, and the texts; whole or not at all."""
+    """Writes a folder with the tensors and JSON files; it appears whole or not at all.
+
+    Args:
+      folder: does not exist yet, or is empty.
+      tensors: under PyTorch's names; replaced by arrays of `dtype`.
+      heads: the number of attention heads.
+      dtype: float32 or bfloat16.
+      texts: a JSON file's name → its object.
+
+    Raises:
+      ValueError: for another dtype.
+      OSError: if the folder cannot be written or holds something (FileExistsError).
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -176,12 +211,12 @@ def save_folder(
     written = {name: json.dumps(text, indent=2, ensure_ascii=False) + "\n" for name, text in texts.items()}
     with whole_folder(Path(folder)) as scratch:
         try:
-            save_file(tensors, scratch / "model.safetensors", metadata=metadata)
-        except SafetensorError as error:  # what the disk refuses comes as words
+            save_file(tensors, scratch / TENSORS_FILE, metadata=metadata)
+        except SafetensorError as error:  # an error of the disk comes as text
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code)) from error
         for name, text in written.items():
             (scratch / name).write_text(text, encoding="utf-8")
-        # Its library lets nobody but the owner read what it writes.
-        shutil.copymode(scratch / "config.json", scratch / "model.safetensors")
+        # The library makes its file readable by the owner only.
+        shutil.copymode(scratch / "config.json", scratch / TENSORS_FILE)

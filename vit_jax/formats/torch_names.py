@@ -1,9 +1,9 @@
-"""PyTorch's safetensors: timm's and Hugging Face's names for the same arrays, read and written.
+"""The names and layouts of timm's and Hugging Face's tensors, to and from Google's.
 
-Both keep the matrices of Google's files the other way round: a linear layer is (out, in), a convolution OIHW, the heads of
-attention lie side by side in one axis, and timm fuses query, key and value (timm's models/vision_transformer.py and
-vision_transformer_hybrid.py; transformers' models/vit/modeling_vit.py and its conversion_mapping.py for the names before
-and since version 5). Neither says in its tensors how many heads there are.
+In PyTorch a linear layer's weight is (out, in), a convolution's is OIHW, and the attention heads share one axis; timm fuses
+query, key and value. The tensors do not show the number of heads. Sources: timm's models/vision_transformer.py and
+vision_transformer_hybrid.py; transformers' models/vit/modeling_vit.py, and its conversion_mapping.py for the names before
+and since version 5.
 """
 
 import logging
@@ -19,7 +19,7 @@ from vit_jax.models.variants import VARIANTS, from_tree
 
 _log = logging.getLogger("vit_jax")
 
-# Ours; timm's; Hugging Face's, in files; Hugging Face's since transformers 5, in memory and in files saved on request.
+# Google's name → timm's, Hugging Face's in files, Hugging Face's since transformers 5 (in memory; in files on request).
 _TOP = {
     "cls": ("cls_token", "embeddings.cls_token", "embeddings.cls_token"),
     "Transformer/posembed_input/pos_embedding": ("pos_embed", *2 * ("embeddings.position_embeddings",)),
@@ -46,24 +46,24 @@ _UNIT |= {"conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}
 BACKBONE = "patch_embed.backbone."
 _OPTIONAL = re.compile(r"cls|head/|pre_logits/|block\d+/unit\d+/(conv|gn)_proj/")
 
-# What other Vision Transformers have, for the sentence that refuses them.
+# Tensors of other Vision Transformers → what they are, for the error message.
 _FOREIGN = {
     r"\bls[12]\b|layer_scale|lambda_|gamma_": "layer scale",
     r"reg(ister)?_tokens?": "register tokens",
-    r"dist(illation)?_token|head_dist": "a distillation token",
-    r"fc_norm": "a LayerNorm behind the pooling",
-    r"norm_pre|pre_layrnorm": "a LayerNorm before the blocks",
-    r"[qk]_norm": "norms of queries and keys",
-    r"attn_pool": "pooling by attention",
-    r"mask_token": "a token for masked patches",
-    r"w12|w3\b|fc1_[gx]|gate": "a gated MLP",
-    r"relative_position|rel_pos|rope": "relative positions",
-    r"embeddings\.backbone|\.bit\.": "Hugging Face's hybrid, which timm's files hold as well",
+    r"dist(illation)?_token|head_dist": "distillation token",
+    r"fc_norm": "LayerNorm after pooling",
+    r"norm_pre|pre_layrnorm": "LayerNorm before the blocks",
+    r"[qk]_norm": "normalization of queries and keys",
+    r"attn_pool": "attention pooling",
+    r"mask_token": "mask token",
+    r"w12|w3\b|fc1_[gx]|gate": "gated MLP",
+    r"relative_position|rel_pos|rope": "relative position embeddings",
+    r"embeddings\.backbone|\.bit\.": "Hugging Face's hybrid backbone (timm's files of the same models are read)",
 }
 
 
 def _leaves(module: str) -> dict[str, str]:
-    """A module's leaves, ours → PyTorch's, each with the separator before it; the module itself where it is an array."""
+    """Returns a module's leaves, ours → PyTorch's, each with the separator before it; empty names if it is an array."""
     last = module.rsplit("/", 1)[-1]
     if last in ("cls", "pos_embedding"):
         return {"": ""}
@@ -73,9 +73,13 @@ def _leaves(module: str) -> dict[str, str]:
 
 
 def spelling(dialect: int, blocks: Iterable[int], units: Iterable[tuple[int, int]], root: str | None) -> dict[str, str]:
-    """Every path that a tree of that many parts can have → its tensor's name. Query, key and value may share one.
+    """Maps every path that a tree with these parts can have to its tensor's name; query, key and value may share one.
 
-    `units` are (stage, unit), both from 0; `root` is what the name of a ResNet's root begins with, None without a ResNet.
+    Args:
+      dialect: TIMM or HUGGINGFACE (or 2: Hugging Face's names in memory).
+      blocks: numbers of the Transformer's blocks.
+      units: (stage, unit) of the ResNet's units, both from 0.
+      root: prefix of the names of the ResNet's root; None without a ResNet.
     """
     modules = {ours: theirs[dialect] for ours, theirs in _TOP.items() if theirs[dialect]}
     for i in blocks:
@@ -90,7 +94,7 @@ def spelling(dialect: int, blocks: Iterable[int], units: Iterable[tuple[int, int
 
 
 def _torch_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """A leaf of ours as PyTorch lays it out."""
+    """Returns a leaf in PyTorch's layout."""
     if path.endswith("/kernel"):
         if array.ndim == 4:
             return array.transpose(3, 2, 0, 1)
@@ -99,40 +103,40 @@ def _torch_layout(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def _our_layout(path: str, array: np.ndarray, heads: int) -> np.ndarray:
-    """A leaf in Google's layout from PyTorch's; ValueError says which shape it should have."""
+    """Returns a PyTorch array in Google's layout; raises ValueError, whose message gives the shape, if it cannot."""
     kernel, attention = path.endswith("/kernel"), f"{_ATTENTION}/" in path
     convolution = kernel and bool(re.match(r"(.*/)?(conv\w+|embedding)/", path))
     rank = 4 if convolution else 2 if kernel else 3 if path.endswith(("cls", "pos_embedding")) else 1
     if array.ndim != rank or 0 in array.shape:
-        raise ValueError(f"has shape {list(array.shape)}, expected {rank} axes, none of them empty")
+        raise ValueError(f"has shape {list(array.shape)}, expected {rank} axes, none of size 0")
     if convolution:
         return array.transpose(2, 3, 1, 0)
     out = "/out/" in path
     if not attention or (out and not kernel):
         return array.T if kernel else array
     if array.shape[-1 if out else 0] % heads:
-        raise ValueError(f"has shape {list(array.shape)}, which does not divide into {heads} heads")
+        raise ValueError(f"has shape {list(array.shape)}, not divisible into {heads} heads")
     if not kernel:
         return array.reshape(heads, -1)
     return array.T.reshape(heads, -1, len(array)) if out else array.T.reshape(array.shape[1], heads, -1)
 
 
 def _heads(hidden_size: int, num_heads: int | None) -> int:
-    """The number of heads, from the table of variants where nobody says it."""
+    """Returns the number of heads, from the table of variants if `num_heads` is None."""
     known = {row["hidden_size"]: row["num_heads"] for row in VARIANTS.values()}
     heads = num_heads or known.get(hidden_size)
     if not heads:
         raise CheckpointError(
-            f"nothing says how many attention heads a width of {hidden_size} has: put the config.json that belongs to the "
-            "file beside it (num_attention_heads, or model_args.num_heads), or give num_heads"
+            f"the number of attention heads is unknown (width {hidden_size}): put the config.json that belongs to the file "
+            "next to it (num_attention_heads or model_args.num_heads), or give num_heads"
         )
     if hidden_size % heads:
         raise CheckpointError(f"{heads} attention heads do not divide a width of {hidden_size}")
     return heads
 
 
-def tops(module: str) -> set[str]:
-    """What either calls a module at the top of our tree, such as "head"."""
+def torch_module_names(module: str) -> set[str]:
+    """Returns the names that timm and Hugging Face have for a module at the top of our tree, such as "head"."""
     return {name for name in _TOP.get(module, ()) if name}
 
 
@@ -142,34 +146,40 @@ def _dialect(names: Iterable[str]) -> int:
             if re.match(rf"{re.escape(blocks)}\.\d", name):
                 return dialect
     raise CheckpointError(
-        "it holds neither a timm nor a Hugging Face Vision Transformer: no tensor's name begins with blocks.0, "
-        "encoder.layer.0 or layers.0"
+        "not a Vision Transformer of timm or Hugging Face: no tensor's name begins with blocks.0, encoder.layer.0 or layers.0"
     )
 
 
-def quoted(name: str) -> str:
-    """A tensor's name for a sentence, cut where a file makes it long."""
+def short_repr(name: str) -> str:
+    """Returns a tensor's name in quotes, cut after 100 characters."""
     return repr(name if len(name) <= 100 else f"{name[:100]}…")
 
 
 def _foreign(name: str) -> str:
-    reason = next((what for pattern, what in _FOREIGN.items() if re.search(pattern, name)), "")
-    return f"{quoted(name)} belongs to no Vision Transformer of Google's" + (f", which have no {reason}" if reason else "")
+    part = next((what for pattern, what in _FOREIGN.items() if re.search(pattern, name)), "")
+    return f"{short_repr(name)} is not part of Google's Vision Transformers" + (f", which have no {part}" if part else "")
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], num_heads: int | None = None, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The parameter tree of timm's or Hugging Face's tensors: nested dicts of float32 NumPy arrays in Google's layouts.
+    """Converts timm's or Hugging Face's tensors to a parameter tree.
 
-    Names are timm's, hybrids among them, or Hugging Face's of any version, with or without "vit." before them. The number
-    of attention heads is `num_heads`, or that of the variant of VARIANTS with the same width. Modules named in `skip`
-    ("head", "pre_logits") are not asked for. Raises CheckpointError with the tensor that is missing, has another shape or
-    belongs to no Vision Transformer of Google's: register tokens, layer scale, a norm behind the pooling.
+    Args:
+      tensors: under timm's names, hybrids included, or Hugging Face's of any version, with or without the prefix "vit.".
+      num_heads: attention heads; None: those of the variant of VARIANTS with the same width.
+      skip: names of modules ("head", "pre_logits") whose tensors are not accessed.
+
+    Returns:
+      Nested dicts of float32 NumPy arrays in Google's layouts.
+
+    Raises:
+      CheckpointError: if a tensor is missing, has a wrong shape or is not part of Google's models, such as register tokens,
+        layer scale or a norm after pooling; the message names the tensor.
     """
     named: dict[str, str] = {}  # without "vit." → as it is
     for name in tensors:
         short = name.removeprefix("vit.")
         if short in named:
-            raise CheckpointError(f"{quoted(named[short])} and {quoted(name)} stand for one tensor")
+            raise CheckpointError(f"{short_repr(named[short])} and {short_repr(name)} are names of the same tensor")
         named[short] = name
     dialect = _dialect(named)
     found = [re.match(rf"{re.escape(_BLOCKS[dialect])}\.(\d{{1,4}})\.", name) for name in named]
@@ -189,9 +199,9 @@ def from_torch(tensors: Mapping[str, np.ndarray], num_heads: int | None = None, 
     present = {path.rpartition("/")[0] for name in named for path in paths[name]}
     for path, name in expected.items():
         if name not in named and (path.rpartition("/")[0] in present or not _OPTIONAL.match(path)):
-            raise CheckpointError(f"{quoted(name)} is missing")
+            raise CheckpointError(f"{short_repr(name)} is missing")
     if {"classifier.weight", "pooler.dense.weight"} <= named.keys() and not skip:
-        raise CheckpointError("it holds a pooler and a classifier, and no model of Hugging Face's uses both")
+        raise CheckpointError("it holds a pooler and a classifier; no Hugging Face model uses both")
 
     heads = _heads(tensors[named[expected["Transformer/encoder_norm/scale"]]].size, num_heads)
     flat: dict[str, np.ndarray] = {}
@@ -200,29 +210,40 @@ def from_torch(tensors: Mapping[str, np.ndarray], num_heads: int | None = None, 
             continue
         array = tensors[name]
         if len(paths[short]) > 1 and (not array.ndim or len(array) % len(paths[short])):
-            raise CheckpointError(f"{quoted(name)} has shape {list(array.shape)}, which does not make query, key and value")
+            raise CheckpointError(f"{short_repr(name)} has shape {list(array.shape)}, not divisible into query, key and value")
         try:
             parts = np.split(array, len(paths[short])) if len(paths[short]) > 1 else [array]
             for path, part in zip(paths[short], parts, strict=True):
                 flat[path] = np.ascontiguousarray(_our_layout(path, part, heads), np.float32)
         except ValueError as error:
-            raise CheckpointError(f"{quoted(name)} {error}") from None
+            raise CheckpointError(f"{short_repr(name)} {error}") from None
     params = unflatten_dict(flat, sep="/")
     try:
         from_tree(params)
     except ValueError as error:
-        raise CheckpointError(f"it holds no Vision Transformer: {error}") from None
+        raise CheckpointError(f"not a Vision Transformer: {error}") from None
     return params
 
 
 def to_torch(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """A tree's leaves under PyTorch's names and in its layouts, float32 and contiguous."""
+    """Converts a tree's leaves to PyTorch's layouts.
+
+    Args:
+      params: nested dicts of arrays.
+      names: from `spelling`.
+
+    Returns:
+      PyTorch's name → contiguous float32 array.
+
+    Raises:
+      CheckpointError: if a leaf has no name in PyTorch.
+    """
     parts: dict[str, list[np.ndarray]] = {}
     flat = flatten_dict(dict(params), sep="/")
-    if odd := flat.keys() - names.keys():
-        raise CheckpointError(f"{min(odd)!r} belongs to no Vision Transformer")
+    if unknown := flat.keys() - names.keys():
+        raise CheckpointError(f"{min(unknown)!r} is not part of a Vision Transformer")
     for path, name in names.items():
         if path in flat:
             parts.setdefault(name, []).append(_torch_layout(path, np.asarray(flat[path], np.float32)))
-    # safetensors writes the memory as it lies: a transposed view would be another tensor in the file.
+    # safetensors writes the memory of an array, so a transposed view would be stored as another tensor.
     return {name: np.ascontiguousarray(np.concatenate(p) if len(p) > 1 else p[0]) for name, p in parts.items()}

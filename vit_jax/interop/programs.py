@@ -25,7 +25,11 @@ Forward = Callable[[Mapping[str, Any], Any], jax.Array]
 
 
 def describe(path: Path, model: VisionTransformer, params: Mapping[str, Any], meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`meta` with its defaults, and what a server has to know besides; CheckpointError where it contradicts the model."""
+    """Returns `meta` with its defaults, and the input, outputs and resizing that a server has to know.
+
+    Raises:
+      CheckpointError: if `meta` contradicts the model; the message begins with `path`.
+    """
     about = {name: value for name, value in (meta or {}).items() if value is not None}
     try:
         mean, deviation = statistics(about)
@@ -47,18 +51,18 @@ def describe(path: Path, model: VisionTransformer, params: Mapping[str, Any], me
 
 
 def input_shape(about: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    """The shape of a batch of images, with a symbolic first axis."""
+    """Returns the shape of a batch of images, uint8 [B, H, W, 3] with a symbolic B."""
     return jax.ShapeDtypeStruct(jax.export.symbolic_shape(about["input"]), np.uint8)
 
 
 def flat_params(params: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
-    """Parameters as arrays of a type, under the names that `read_npz` knows."""
+    """Returns the parameters as arrays of `dtype`, under names that `read_npz` reads."""
     leaves = flatten_dict({"params": params}, sep="/")
     return {name: np.asarray(leaf).astype(dtype, copy=False) for name, leaf in leaves.items()}
 
 
 def forward_function(model: VisionTransformer, about: Mapping[str, Any]) -> Forward:
-    """The function of flat float32 parameters and uint8 images that both formats hold."""
+    """Returns the function of flat float32 parameters and uint8 images that both formats contain."""
     model = model.clone(dtype=jnp.float32, dropout=0.0, attention_dropout=0.0)
     scaling = (about["normalization"]["mean"], about["normalization"]["std"])
 

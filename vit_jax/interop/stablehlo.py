@@ -1,4 +1,4 @@
-"""A model as StableHLO, a program that runs without this package."""
+"""Exports a model to StableHLO, a program that runs without this package."""
 
 import json
 import os
@@ -26,17 +26,26 @@ def save_stablehlo(
     meta: Mapping[str, Any] | None = None,
     dtype: Any = np.float32,
 ) -> None:
-    """Writes a model for a Python that has only jax, lowered for CPUs, NVIDIA's and AMD's GPUs, and TPUs.
+    """Writes a model as a program that needs only jax, lowered for CPUs, NVIDIA's and AMD's GPUs, and TPUs.
 
-    The file is an npz: "module", StableHLO's portable bytecode of a function of weights and images; "about", in JSON, what
-    its user has to know; the weights, as arguments, under the names that `read_npz` knows (constants would be compiled anew
-    for each batch size). JAX's own serialisation is not used: it wants flatbuffers, on which jax does not depend.
+    The file is an npz with three parts: "module", the StableHLO portable bytecode of a function of weights and images;
+    "about", the description as JSON; and the weights under names that `read_npz` reads. The weights are arguments, because
+    constants would be compiled again for each batch size. JAX's own serialisation needs flatbuffers, which jax does not
+    install.
 
-    `meta` is what lies beside an npz (`google.read_meta`). CheckpointError where it contradicts the model.
+    Args:
+      path: the file; its name ends in .stablehlo.
+      model, params: as `load` returns them.
+      meta: the JSON next to an npz.
+      dtype: of the stored weights, float32 or bfloat16.
+
+    Raises:
+      CheckpointError: if `meta` contradicts the model, or for another file name.
+      OSError: if the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".stablehlo":
-        raise CheckpointError(f"StableHLO is saved in a file whose name ends in .stablehlo, got {path}")
+        raise CheckpointError(f"{path}: the name of a StableHLO file must end in .stablehlo")
     about = describe(path, model, params, meta)
     flat, forward = flat_params(params, dtype), forward_function(model, about)
 
@@ -45,7 +54,7 @@ def save_stablehlo(
 
     export = jax.export.export(jax.jit(widened, keep_unused=True), platforms=_PLATFORMS)
     frames = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # else the paths of this machine would travel
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # keeps this machine's paths out of the file
     try:
         exported = export(flat, input_shape(about))
     finally:

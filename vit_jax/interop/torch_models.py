@@ -1,4 +1,4 @@
-"""Folders that timm and transformers load, with everything in them that they have to set to agree."""
+"""Folders that timm and transformers load; their configuration files set everything that makes the outputs agree."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from vit_jax.models.vit import VisionTransformer
 
 _log = logging.getLogger("vit_jax")
 
-# What timm builds, by row of VARIANTS. Another geometry is the first one with the same ResNet, or none, and other arguments.
+# Row of VARIANTS → timm's architecture. Another geometry uses the first one with the same ResNet (or none) and arguments.
 _ARCHITECTURES = {
     "B/16": "vit_base_patch16_224",
     "Ti/16": "vit_tiny_patch16_224",
@@ -40,14 +40,22 @@ def _model(params: Mapping[str, Any]) -> VisionTransformer:
     try:
         return from_tree(params)
     except ValueError as error:
-        raise CheckpointError(f"the parameters are no Vision Transformer's: {error}") from None
+        raise CheckpointError(f"the parameters do not form a Vision Transformer: {error}") from None
 
 
 def to_timm(params: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """timm's tensors (float32) and config.json, with which timm.create_model("local-dir:FOLDER", pretrained=True) agrees.
+    """Converts a model for timm: timm.create_model("local-dir:FOLDER", pretrained=True) gives the same outputs.
 
-    `meta` is the JSON beside an npz. The config says what timm has to set: tanh GELU, the geometry, how images are
-    prepared. CheckpointError for what timm has no model for: pre_logits, and ResNets other than those published.
+    Args:
+      params: the parameter tree.
+      meta: the JSON next to an npz.
+
+    Returns:
+      timm's tensors (float32), and the object of config.json, which sets the tanh GELU, the geometry and how images are
+      prepared.
+
+    Raises:
+      CheckpointError: if timm has no such model (pre_logits, ResNets other than the published ones), or `meta` contradicts it.
     """
     model, meta = _model(params), meta or {}
     if model.representation_size:
@@ -55,30 +63,36 @@ def to_timm(params: Mapping[str, Any], meta: Mapping[str, Any] | None = None) ->
             "timm's Vision Transformer has no pre_logits (a dense layer and tanh before the head): leave pre_logits and head "
             "out (`convert … --features`, or vit_jax.load(SOURCE, num_classes=0))"
         )
+    config = _timm_config(model, image_size(meta, model.stride, patches(model, params)), meta)
+    root = None if model.resnet is None else f"{BACKBONE}stem." if model.resnet else BACKBONE
+    units = [(stage, unit) for stage, units in enumerate(model.resnet or ()) for unit in range(units)]
+    return to_torch(params, spelling(TIMM, range(model.num_layers), units, root)), config
+
+
+def _timm_config(model: VisionTransformer, size: tuple[int, int], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the object of timm's config.json for a model of images of `size`, (height, width)."""
     alike = (architecture for name, architecture in _ARCHITECTURES.items() if VARIANTS[name]["resnet"] == model.resnet)
     architecture = _ARCHITECTURES.get(name_of(model) or "") or next(alike, None)
     if architecture is None or (model.resnet is not None and model.resnet_width != 64):
         raise CheckpointError(
             f"timm has no hybrid whose ResNet has stages of {list(model.resnet or ())} units and {model.resnet_width} channels"
         )
-    height, width = image_size(meta, model.stride, patches(model, params))
-    root = None if model.resnet is None else f"{BACKBONE}stem." if model.resnet else BACKBONE
-    units = [(stage, unit) for stage, units in enumerate(model.resnet or ()) for unit in range(units)]
     ratio = model.mlp_dim / model.hidden_size
-    if int(ratio * model.hidden_size) != model.mlp_dim:  # which is how timm makes a width of it
+    if int(ratio * model.hidden_size) != model.mlp_dim:  # timm rounds down
         ratio = math.nextafter(ratio, math.inf)
     pooling: dict[str, Any] = {"global_pool": "token"}
     if model.classifier != "token":
         pooling = {"global_pool": "avg", "class_token": False, "fc_norm": False}
     mean, std = statistics(meta)
     names = class_names(meta, model.num_classes)
-    config = {
+    root_conv = f"{BACKBONE}stem.conv" if model.resnet else f"{BACKBONE}conv"
+    return {
         "architecture": architecture,
         "num_classes": model.num_classes,
         "num_features": model.hidden_size,
         "global_pool": pooling["global_pool"],
         "model_args": {
-            "img_size": [height, width],
+            "img_size": list(size),
             "patch_size": model.patch_size,
             "embed_dim": model.hidden_size,
             "depth": model.num_layers,
@@ -91,58 +105,74 @@ def to_timm(params: Mapping[str, Any], meta: Mapping[str, Any] | None = None) ->
         **({"label_names": names} if names else {}),
         "pretrained_cfg": {
             "num_classes": model.num_classes,
-            "input_size": [3, height, width],
+            "input_size": [3, *size],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
-            "crop_mode": "squash",  # straight to the size, whatever the image's aspect
+            "crop_mode": "squash",  # straight to the size, whatever the image's aspect ratio
             "mean": mean,
             "std": std,
-            "first_conv": "patch_embed.proj" if root is None else f"{root}conv",
+            "first_conv": "patch_embed.proj" if model.resnet is None else root_conv,
             "classifier": "head",
         },
     }
-    return to_torch(params, spelling(TIMM, range(model.num_layers), units, root)), config
 
 
 def to_huggingface(
     params: Mapping[str, Any], meta: Mapping[str, Any] | None = None, classifier: bool | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """Hugging Face's tensors (float32), and what config.json and preprocessor_config.json say, under those names.
+    """Converts a model for transformers. The tensors have the names that transformers writes, which every version reads.
 
-    The names are the ones that transformers itself writes to disk, which every version reads. A model with a head becomes a
-    ViTForImageClassification. One with pre_logits becomes a ViTModel whose pooler they are, without its head, of which the
-    log tells; one with neither is a ViTModel without a pooler. `classifier` says which is wanted. `meta` is the JSON beside
-    an npz. CheckpointError for what transformers has no model for: a classifier with pre_logits, hybrids, a mean of tokens.
+    A model with a head becomes a ViTForImageClassification. A model with pre_logits becomes a ViTModel with pre_logits as its
+    pooler; its head is left out, and a warning is logged. A model with neither is a ViTModel without a pooler.
+
+    Args:
+      params: the parameter tree.
+      meta: the JSON next to an npz.
+      classifier: True for a ViTForImageClassification, False for a ViTModel; None: as above.
+
+    Returns:
+      Hugging Face's tensors (float32), and file name → object of config.json and preprocessor_config.json.
+
+    Raises:
+      CheckpointError: if transformers has no such model (a classifier with pre_logits, hybrids, the mean of all tokens), or
+        `meta` contradicts the model.
     """
     model, meta = _model(params), meta or {}
     if model.resnet is not None:
-        raise CheckpointError("transformers 5 has no hybrid Vision Transformer: timm has (--to timm)")
+        raise CheckpointError("transformers 5 has no hybrid Vision Transformer; timm has one (--to timm)")
     if model.classifier != "token":
-        raise CheckpointError("Hugging Face's ViT classifies from a class token, this model from the mean of its tokens")
+        raise CheckpointError("Hugging Face's ViT classifies from a class token, this model from the mean of all tokens")
     if classifier and model.representation_size:
         raise CheckpointError(
-            "Hugging Face's ViTForImageClassification has no pooler, where pre_logits belong: export the ViTModel, whose "
-            "pooler they are, or give the model a head of its own by fine-tuning"
+            "Hugging Face's ViTForImageClassification has no pooler for pre_logits: export a ViTModel, or fine-tune the model, "
+            "which replaces pre_logits and head by a new head"
         )
     if classifier and not model.num_classes:
-        raise CheckpointError("the model has no head, without which there is no ViTForImageClassification")
+        raise CheckpointError("the model has no head, which ViTForImageClassification needs")
     if classifier is None:
         classifier = bool(model.num_classes) and not model.representation_size
         if model.num_classes and not classifier:
-            _log.warning("exported as ViTModel, with pre_logits as its pooler; the head of %d classes stays behind, "
-                         "for ViTForImageClassification has no pooler", model.num_classes)  # fmt: skip
+            _log.warning("exported as ViTModel with pre_logits as its pooler; the head of %d classes is left out, "
+                         "because ViTForImageClassification has no pooler", model.num_classes)  # fmt: skip
     if not classifier:
         params = {name: module for name, module in params.items() if name != "head"}
-    height, width = image_size(meta, model.stride, patches(model, params))
+    spelled = spelling(HUGGINGFACE, range(model.num_layers), (), None)
+    if classifier:
+        spelled = {path: name if path.startswith("head/") else f"vit.{name}" for path, name in spelled.items()}
+    texts = _huggingface_configs(model, image_size(meta, model.stride, patches(model, params)), meta, classifier)
+    return to_torch(params, spelled), texts
+
+
+def _huggingface_configs(
+    model: VisionTransformer, size: tuple[int, int], meta: Mapping[str, Any], classifier: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns the objects of config.json and preprocessor_config.json for images of `size`, (height, width)."""
+    height, width = size
     names = class_names(meta, model.num_classes) if classifier else None
-    labels = (
-        {}
-        if not classifier
-        else {"num_labels": model.num_classes}
-        if names is None
-        else {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    )
+    labels: dict[str, Any] = {"num_labels": model.num_classes} if classifier else {}
+    if names is not None:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     pooler = {"pooler_act": "tanh", "pooler_output_size": model.representation_size} if model.representation_size else {}
     mean, std = statistics(meta)
     config = {
@@ -174,16 +204,18 @@ def to_huggingface(
         "image_mean": mean,
         "image_std": std,
     }
-    spelled = spelling(HUGGINGFACE, range(model.num_layers), (), None)
-    if classifier:
-        spelled = {path: name if path.startswith("head/") else f"vit.{name}" for path, name in spelled.items()}
-    return to_torch(params, spelled), {"config.json": config, "preprocessor_config.json": preprocessor}
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
 
 
 def save_timm(
     folder: str | os.PathLike, params: Mapping[str, Any], meta: Mapping[str, Any] | None = None, dtype: Any = np.float32
 ) -> None:
-    """Writes a folder for timm: model.safetensors in float32 or bfloat16 and config.json. As `to_timm`; FileExistsError."""
+    """Writes a folder for timm: model.safetensors in float32 or bfloat16, and config.json.
+
+    Raises:
+      CheckpointError: as `to_timm`.
+      FileExistsError: if the folder holds something already.
+    """
     tensors, config = to_timm(params, meta)
     save_folder(folder, tensors, _model(params).num_heads, dtype, {"config.json": config})
 
@@ -197,7 +229,9 @@ def save_huggingface(
 ) -> None:
     """Writes a folder for transformers: model.safetensors in float32 or bfloat16, config.json, preprocessor_config.json.
 
-    As `to_huggingface`; FileExistsError where the folder holds something already.
+    Raises:
+      CheckpointError: as `to_huggingface`.
+      FileExistsError: if the folder holds something already.
     """
     tensors, texts = to_huggingface(params, meta, classifier)
     texts["config.json"]["dtype"] = np.dtype(dtype).name

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.load import load, meta_of, outline, reading
+from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.errors import CheckpointError, ImageError, printable
 from vit_jax.formats.meta import image_size, statistics
 from vit_jax.models.intermediates import attention_maps, attention_rollout
@@ -53,9 +53,9 @@ class Classifier:
             raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
         if not isinstance(source, str | os.PathLike):
             raise CheckpointError(f"weights are a path or a published name, got {source!r}")
-        with reading(source):
+        with as_checkpoint_error(source):
             path = find(source, complete=True)
-        model, tree = outline(path)
+        model, tree = model_of_file(path)
         if not model.num_classes:
             raise CheckpointError(f"{path} has no head and so names no classes: vit_jax.features gives what a head would see")
         meta = meta_of(path)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from vit_jax.checkpoints.catalogue import resolve
-from vit_jax.checkpoints.download import local
+from vit_jax.checkpoints.download import FOLDER_WEIGHTS, RUN_WEIGHTS, local
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check
 from vit_jax.config_files import from_json
@@ -28,7 +28,6 @@ from vit_jax.files import sha256
 from vit_jax.formats.google import read_meta, read_shapes
 from vit_jax.models.vit import VisionTransformer
 
-_WEIGHTS = ("final.npz", "best.npz")  # in the order in which they stand for a run, as checkpoints.download.find has it
 BEFORE = "before"  # what the weights that a run started from are called
 _RECORDS = 1000  # read at once
 
@@ -117,7 +116,7 @@ class Run:
     @functools.cached_property
     def weights(self) -> Path:
         """The run's file of weights."""
-        for name in _WEIGHTS:
+        for name in RUN_WEIGHTS:
             if (self.path / name).is_file():
                 return self.path / name
         raise Missing("There are no weights yet: the run writes them when it saves.")
@@ -139,7 +138,7 @@ class Run:
             raise Missing(f"The run started from random weights, {self.config.model.variant}: nothing to compare with.")
         there, path = Path(source).expanduser(), None
         if there.is_dir():
-            path = next((there / name for name in (*_WEIGHTS, "model.safetensors") if (there / name).is_file()), None)
+            path = next((there / name for name in FOLDER_WEIGHTS if (there / name).is_file()), None)
         elif there.is_file():
             path = there
         else:

@@ -12,7 +12,7 @@ import optax
 
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.load import load, meta_of, outline, reading
+from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.config import AUTO, Config
 from vit_jax.data import splits
 from vit_jax.data.sources import Source
@@ -138,9 +138,9 @@ def _keep_head(config: Config, num_classes: int, class_names: list[str]) -> bool
     wanted, source = config.model.keep_head, config.model.checkpoint
     if wanted != AUTO or not source:
         return wanted == "true"
-    with reading(source):
+    with as_checkpoint_error(source):
         path = find(source)
-    if outline(path)[0].num_classes != num_classes:
+    if model_of_file(path)[0].num_classes != num_classes:
         return False
     names = meta_of(path).get("class_names")
     if names == class_names:

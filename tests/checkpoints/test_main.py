@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and that an error is one line and a status."""
+"""The command line of checkpoints: output, files, and errors of one line with a status."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def equal(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def test_list_says_what_to_type_and_what_is_here(capsys):
+def test_list_shows_names_and_local_files(capsys):
     assert main(["list"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "model", "pixels", "classes", "size", "ImageNet", "here"]
@@ -54,12 +54,12 @@ def test_list_says_what_to_type_and_what_is_here(capsys):
 
 
 @pytest.mark.parametrize(("text", "count"), [("b/16-384", 1), ("GSAM", 4), ("R26+S/32", 6), ("nothing", 0)])
-def test_list_filter_looks_in_names_and_architectures(capsys, text, count):
+def test_list_filter_matches_names_and_architectures(capsys, text, count):
     assert main(["list", "--filter", text]) == 0
     assert capsys.readouterr().out.count("\n") == 1 + count
 
 
-def test_get_prints_the_path_and_apart_the_hash(capsys):
+def test_get_prints_path_and_hash_to_different_streams(capsys):
     assert main(["get", "mini_8"]) == 0
     captured = capsys.readouterr()
     path = Path(captured.out.strip())
@@ -70,19 +70,19 @@ def test_get_prints_the_path_and_apart_the_hash(capsys):
         assert "(as demanded)" in capsys.readouterr().err
 
 
-def test_a_demanded_hash_is_checked_wherever_a_name_is_taken(capsys, tiny, tmp_path):
+def test_demanded_hash_is_checked_for_names_and_paths(capsys, tiny, tmp_path):
     right = hashlib.sha256((tiny / "final.npz").read_bytes()).hexdigest()
     for name in (tiny, tiny / "final.npz"):
         assert main(["inspect", f"{name}@sha256:{right}"]) == 0
         assert main(["check", f"{name}@sha256:{'0' * 64}"]) == 1
     assert main(["get", "mini_8", "--sha256", "0" * 64]) == 1
     said = capsys.readouterr().err
-    assert said.count(f"has the SHA-256 {right}, demanded is {'0' * 64}") == 2 and "mini_8.npz has the SHA-256" in said
-    with pytest.raises(CheckpointError, match="demanded is"):
+    assert said.count(f"has the SHA-256 {right}, expected {'0' * 64}") == 2 and "mini_8.npz has the SHA-256" in said
+    with pytest.raises(CheckpointError, match="has the SHA-256 .*, expected 000"):
         load(f"mini_8@sha256:{'0' * 64}")
 
 
-def test_inspect_tells_what_a_file_holds(capsys, tiny):
+def test_inspect_describes_a_file(capsys, tiny):
     assert main(["inspect", str(tiny)]) == 0
     printed = capsys.readouterr().out
     for part in (
@@ -92,17 +92,17 @@ def test_inspect_tells_what_a_file_holds(capsys, tiny):
         "3 classes",
         "pre_logits  none",
         "class_names ['a', 'b', 'c']",
-        "no row of the table of variants",
+        "not in the table of variants",
     ):
         assert part in printed
     assert main(["inspect", "mini_8"]) == 0
     printed = capsys.readouterr().out
-    for part in ("Mini/8: 6 blocks of 192", "104 arrays of bfloat16", "2,757,896", "64×64 px", "odd         nothing"):
+    for part in ("Mini/8: 6 blocks of 192", "104 arrays of bfloat16", "2,757,896", "64×64 px", "problems    none"):
         assert part in printed
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface"])
-def test_there_and_back_is_exact(capsys, tiny, tmp_path, to):
+def test_round_trip_is_exact(capsys, tiny, tmp_path, to):
     assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", to]) == 0
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "back.npz")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "out"), str(tmp_path / "back.npz")]
@@ -113,7 +113,7 @@ def test_there_and_back_is_exact(capsys, tiny, tmp_path, to):
     }
 
 
-def test_convert_to_half_the_size(capsys, tiny, tmp_path):
+def test_convert_to_bfloat16_rounds_and_keeps_the_description(capsys, tiny, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "half.npz"), "--dtype", "bfloat16"]) == 0
     about = read_meta(tmp_path / "half.npz")
     assert about == META | {"source": "final.npz", "source_sha256": about["source_sha256"]}
@@ -121,14 +121,14 @@ def test_convert_to_half_the_size(capsys, tiny, tmp_path):
     assert all(np.allclose(found[name], whole[name], rtol=2**-8, atol=0) for name in whole)
 
 
-def test_convert_to_stablehlo_by_the_suffix(capsys, tiny, tmp_path):
+def test_convert_takes_the_format_from_the_suffix(capsys, tiny, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "x.stablehlo")]) == 0
     assert (tmp_path / "x.stablehlo").stat().st_size > (tiny / "final.npz").stat().st_size / 2
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".stablehlo"])
-def test_what_is_known_of_weights_goes_with_them(capsys, tiny, tmp_path, suffix):
-    """Through another form and on to timm, of a rectangle; without the head its classes' names stay behind."""
+def test_description_survives_conversion(capsys, tiny, tmp_path, suffix):
+    """A rectangle through another form and then to timm; without the head the class names are left out."""
     model, params = load(tiny, image_size=(16, 32))
     save_npz(tmp_path / "wide.npz", params, META | {"image_size": [16, 32]})
     assert main(["convert", str(tmp_path / "wide.npz"), str(tmp_path / f"x{suffix}")]) == 0
@@ -142,7 +142,7 @@ def test_what_is_known_of_weights_goes_with_them(capsys, tiny, tmp_path, suffix)
     assert "class_names" not in read_meta(tmp_path / "f.npz") and "head" not in read_npz(tmp_path / "f.npz")
 
 
-def test_inspect_tells_the_types_of_an_export(capsys, tiny, tmp_path):
+def test_inspect_shows_the_types_of_an_export(capsys, tiny, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", "timm", "--dtype", "bfloat16"]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
     assert "safetensors, 40 arrays of bfloat16" in capsys.readouterr().out
@@ -157,7 +157,7 @@ sys.exit(max(main(["convert", sys.argv[1], *arguments]) != 1 for arguments in (
 """
 
 
-def test_a_full_disk_leaves_a_sentence_and_nothing_else(tiny, tmp_path):
+def test_full_disk_is_one_error_line_and_leaves_no_file(tiny, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_COMPILATION_CACHE_DIR": ""}
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_a_sentence_and_nothing_else(tiny, tmp_path):
     assert not list(here.iterdir())
 
 
-def test_check_reads_everything(capsys, tiny):
+def test_check_reads_all_values(capsys, tiny):
     assert main(["check", str(tiny)]) == 0
     assert "is whole: 40 arrays of finite values" in capsys.readouterr().out
     content = (tiny / "final.npz").read_bytes()
@@ -178,7 +178,7 @@ def test_check_reads_everything(capsys, tiny):
     assert "CRC" in capsys.readouterr().err
 
 
-def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
+def test_check_compares_stages_with_an_io_npz(capsys, tiny, tmp_path):
     model, params = load(tiny)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     theirs = {name: np.asarray(value) for name, value in stages(model, params, images).items()}
@@ -198,47 +198,50 @@ def test_check_against_somebody_elses_numbers(capsys, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ((2, 24, 24, 3), "holds images of 24×24 pixels, the positions in .* are for 4 patches of 8×8"),
-        ((2, 17, 15, 3), "holds images of 17×15 pixels"),
+        ((2, 24, 24, 3), "has images of 24×24 pixels, the positions in .* are for 4 patches of 8×8"),
+        ((2, 17, 15, 3), "has images of 17×15 pixels"),
         ((0, 16, 16, 3), "should hold `images`"),
     ],
 )
-def test_check_against_images_of_another_size(capsys, tiny, tmp_path, shape, said):
+def test_check_refuses_images_of_another_size(capsys, tiny, tmp_path, shape, said):
     np.savez(tmp_path / "io.npz", images=np.zeros(shape, np.float32), features=np.zeros((2, 32), np.float32))
     assert main(["check", str(tiny), "--against", str(tmp_path / "io.npz")]) == 1
     error = capsys.readouterr().err
     assert re.search(f"io.npz {said}", error) and error.count("\n") == 1
 
 
-def test_a_program_is_not_read_back(capsys, tmp_path):
+def test_onnx_file_is_refused(capsys, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"x")
     assert main(["inspect", str(tmp_path / "x.onnx")]) == 1
-    assert "x.onnx is a program, which is written but not read" in capsys.readouterr().err
+    assert "x.onnx: ONNX files can be exported, not loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["get", "B/61"], "no checkpoint is published as 'B/61'; the nearest names: B/16"),
-        (["get", "ViT-B_16"], "error: no network: ViT-B_16 could not be downloaded: get it in another way, such as `gcloud "),
+        (
+            ["get", "ViT-B_16"],
+            "error: no network: ViT-B_16 could not be downloaded: get the file another way, such as `gcloud ",
+        ),
         (["get", "mini_8", "--sha256", "12"], "mini_8: @sha256:'12', expected 64 hexadecimal digits"),
         (["inspect", "~no-such-user/x"], "checkpoint='~no-such-user/x': the user '~no-such-user' does not exist; give an abs"),
         (["inspect", "nowhere.npz"], "there is no file nowhere.npz"),
         (["inspect", "{here}"], "a folder without weights"),
         (["convert", "mini_8", "{here}/out"], "give --to timm or --to huggingface"),
         (["convert", "mini_8", "{here}/full", "--to", "timm"], "it exists already"),
-        (["convert", "mini_8", "{here}/x.txt", "--to", "google"], "ends in .npz"),
+        (["convert", "mini_8", "{here}/x.txt", "--to", "google"], "the suffix of a file for google must be .npz"),
         (["check", "mini_8", "--against", "nowhere.npz"], "nowhere.npz"),
-        (["check", "mini_8", "--against", "TIMM"], "no peer of that name: timm, huggingface, original"),
+        (["check", "mini_8", "--against", "TIMM"], "no peer of that name; the peers are timm, huggingface, original"),
         (["check", "mini_8", "--against", "original"], "--original"),
-        (["check", "mini_8", "--original", "x"], "--against original and --original DIR"),
+        (["check", "mini_8", "--original", "x"], "--against original needs --original DIR"),
         (["check", "mini_8", "--tolerance", "nan"], "--tolerance"),
         (["get", "B/16", "--best", "i21k", "--index", "nowhere.csv"], "nowhere.csv cannot be read"),
-        (["convert", "mini_8", "{here}/config.npz"], "config.npz would have its JSON in config.json"),
+        (["convert", "mini_8", "{here}/config.npz"], "config.npz: its description would be config.json"),
         (["inspect", "/nowhere/x.npz"], "there is no file /nowhere/x.npz\n"),
     ],
 )
-def test_an_error_is_one_sentence_and_a_status(capsys, tmp_path, arguments, said):
+def test_error_is_one_line_and_status_one(capsys, tmp_path, arguments, said):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("")
     before = sorted(tmp_path.rglob("*"))
@@ -250,7 +253,7 @@ def test_an_error_is_one_sentence_and_a_status(capsys, tmp_path, arguments, said
 
 
 @pytest.mark.parametrize("variable", ["VIT_JAX_MIRROR", "VIT_JAX_CACHE", "XDG_CACHE_HOME", "HF_HOME"])
-def test_a_home_of_an_unknown_user_is_an_error(capsys, monkeypatch, variable):
+def test_home_of_an_unknown_user_is_an_error(capsys, monkeypatch, variable):
     if variable == "XDG_CACHE_HOME":
         monkeypatch.delenv("VIT_JAX_CACHE")
     monkeypatch.setenv(variable, "~no-such-user/x")
@@ -261,7 +264,7 @@ def test_a_home_of_an_unknown_user_is_an_error(capsys, monkeypatch, variable):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_output_is_an_error(capsys):
+def test_full_standard_output_is_an_error(capsys):
     command = f"{sys.executable} -m vit_jax.checkpoints list > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 1 and done.stderr == "error: standard output: No space left on device\n"
@@ -269,7 +272,7 @@ def test_a_full_output_is_an_error(capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("package", ["checkpoints", "data"])
-def test_a_signal_during_imports_ends_the_process(tmp_path, number, status, package):
+def test_signal_during_imports_ends_the_process(tmp_path, number, status, package):
     """The import of numpy is replaced by one that never ends."""
     (tmp_path / "numpy").mkdir()
     (tmp_path / "numpy" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")

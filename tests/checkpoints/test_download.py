@@ -206,11 +206,11 @@ def test_error_has_every_answer_and_what_to_do(server, tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_MIRROR", str(tmp_path / "mirror"))
     with pytest.raises(CheckpointError) as error:
         fetch(row(f"{server.url}/bucket/{NAME}.npz", COPY))
-    said = str(error.value)
-    assert f"file://{tmp_path}/mirror/{NAME}.npz: there is no such file; " in said
-    assert f"{server.url}/bucket/{NAME}.npz: 403 Forbidden; " in said
-    assert f"{COPY}: Connection refused" in said
-    assert f"`gcloud storage cp gs://vit_models/{NAME}.npz .`" in said and "VIT_JAX_MIRROR" in said
+    message = str(error.value)
+    assert f"file://{tmp_path}/mirror/{NAME}.npz: there is no such file; " in message
+    assert f"{server.url}/bucket/{NAME}.npz: 403 Forbidden; " in message
+    assert f"{COPY}: Connection refused" in message
+    assert f"`gcloud storage cp gs://vit_models/{NAME}.npz .`" in message and "VIT_JAX_MIRROR" in message
 
 
 def test_error_names_similar_files_on_the_hub(server, monkeypatch):
@@ -327,8 +327,8 @@ def test_wrong_file_in_the_cache_is_refused(server, content, tmp_path, wrong):
     path.parent.mkdir(parents=True)
     path.write_bytes({"size": content[:-1], "hash": flipped(content), "head": another_model(tmp_path, num_classes=4)}[wrong])
     known = {} if wrong == "head" else {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    said = {"size": "has .* bytes", "hash": "has the SHA-256", "head": "has a head of 4 classes"}[wrong]
-    with pytest.raises(CheckpointError, match=f"{path} {said}.*; remove this file from the cache to download it again"):
+    message = {"size": "has .* bytes", "hash": "has the SHA-256", "head": "has a head of 4 classes"}[wrong]
+    with pytest.raises(CheckpointError, match=f"{path} {message}.*; remove this file from the cache to download it again"):
         fetch(row(f"{server.url}/{NAME}.npz", **known))
     assert not server.asked
 

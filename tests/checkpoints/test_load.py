@@ -88,7 +88,7 @@ BLOCK = "Transformer/encoderblock_"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"embedding/kernel": None, "embedding/bias": None}, "embedding/kernel is missing"),
         ({"embedding/bias": None}, "embedding/bias is missing"),
@@ -120,8 +120,8 @@ BLOCK = "Transformer/encoderblock_"
         ({"head/bias": np.ones(4, np.float32)}, r"head/bias should have shape \(5,\), has \(4,\)"),
     ],
 )
-def test_file_of_another_model_is_one_error_line(saved, changes, said):
-    with pytest.raises(CheckpointError, match=f"x.npz.*{said}") as error:
+def test_file_of_another_model_is_one_error_line(saved, changes, expected):
+    with pytest.raises(CheckpointError, match=f"x.npz.*{expected}") as error:
         load(saved(**changes))
     assert "\n" not in str(error.value)
 

@@ -76,8 +76,8 @@ def test_demanded_hash_is_checked_for_names_and_paths(capsys, tiny, tmp_path):
         assert main(["inspect", f"{name}@sha256:{right}"]) == 0
         assert main(["check", f"{name}@sha256:{'0' * 64}"]) == 1
     assert main(["get", "mini_8", "--sha256", "0" * 64]) == 1
-    said = capsys.readouterr().err
-    assert said.count(f"has the SHA-256 {right}, expected {'0' * 64}") == 2 and "mini_8.npz has the SHA-256" in said
+    message = capsys.readouterr().err
+    assert message.count(f"has the SHA-256 {right}, expected {'0' * 64}") == 2 and "mini_8.npz has the SHA-256" in message
     with pytest.raises(CheckpointError, match="has the SHA-256 .*, expected 000"):
         load(f"mini_8@sha256:{'0' * 64}")
 
@@ -164,8 +164,8 @@ def test_full_disk_is_one_error_line_and_leaves_no_file(tiny, tmp_path):
     command = [sys.executable, "-c", FULL, str(tiny)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment)
     assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
-    assert said == [f"error: {name}: File too large" for name in ("x.npz", "x.stablehlo", "out", "out")]
+    message = done.stderr.splitlines()
+    assert message == [f"error: {name}: File too large" for name in ("x.npz", "x.stablehlo", "out", "out")]
     assert not list(here.iterdir())
 
 
@@ -196,18 +196,18 @@ def test_check_compares_stages_with_an_io_npz(capsys, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         ((2, 24, 24, 3), "has images of 24×24 pixels, the positions in .* are for 4 patches of 8×8"),
         ((2, 17, 15, 3), "has images of 17×15 pixels"),
         ((0, 16, 16, 3), "should hold `images`"),
     ],
 )
-def test_check_refuses_images_of_another_size(capsys, tiny, tmp_path, shape, said):
+def test_check_refuses_images_of_another_size(capsys, tiny, tmp_path, shape, message):
     np.savez(tmp_path / "io.npz", images=np.zeros(shape, np.float32), features=np.zeros((2, 32), np.float32))
     assert main(["check", str(tiny), "--against", str(tmp_path / "io.npz")]) == 1
     error = capsys.readouterr().err
-    assert re.search(f"io.npz {said}", error) and error.count("\n") == 1
+    assert re.search(f"io.npz {message}", error) and error.count("\n") == 1
 
 
 def test_onnx_file_is_refused(capsys, tmp_path):
@@ -217,7 +217,7 @@ def test_onnx_file_is_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["get", "B/61"], "no checkpoint is published as 'B/61'; the nearest names: B/16"),
         (
@@ -241,14 +241,14 @@ def test_onnx_file_is_refused(capsys, tmp_path):
         (["inspect", "/nowhere/x.npz"], "there is no file /nowhere/x.npz\n"),
     ],
 )
-def test_error_is_one_line_and_status_one(capsys, tmp_path, arguments, said):
+def test_error_is_one_line_and_status_one(capsys, tmp_path, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("")
     before = sorted(tmp_path.rglob("*"))
     assert main([argument.format(here=tmp_path) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert said in captured.err
+    assert message in captured.err
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -258,9 +258,9 @@ def test_home_of_an_unknown_user_is_an_error(capsys, monkeypatch, variable):
         monkeypatch.delenv("VIT_JAX_CACHE")
     monkeypatch.setenv(variable, "~no-such-user/x")
     assert main(["get", "ViT-B_16"]) == 1
-    said = capsys.readouterr().err
-    assert re.match(f"error: .*{variable}='~no-such-user/x.*': the user '~no-such-user' does not exist", said)
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert re.match(f"error: .*{variable}='~no-such-user/x.*': the user '~no-such-user' does not exist", message)
+    assert message.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -282,8 +282,8 @@ def test_signal_during_imports_ends_the_process(tmp_path, number, status, packag
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        said = process.communicate(timeout=20)[1]
-    assert process.returncode == status and said in ("interrupted\n", "terminated\n")
+        message = process.communicate(timeout=20)[1]
+    assert process.returncode == status and message in ("interrupted\n", "terminated\n")
 
 
 def test_list_ends_quietly_when_its_pipe_closes(tmp_path):

@@ -177,27 +177,27 @@ def test_damaged_safetensors_is_read_correctly_or_refused(maker, trees, since_fi
         tracemalloc.start()
         try:
             found = read(path)[1]
-            said = ""
+            message = ""
         except CheckpointError as error:
-            found, said = expected, str(error)
+            found, message = expected, str(error)
         finally:
             most = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         assert_same(found, expected)
-        return most, said
+        return most, message
 
     peak(content)  # traces the model once
-    honest, said = peak(content)
-    assert not said
+    honest, message = peak(content)
+    assert not message
     counts = dict.fromkeys(KINDS, 0)
     for kind in KINDS:
         if maker is foreign_file and kind in UNMARKED:
             continue
         for _ in range(SEEDS):
             damaged = mutate(kind, content, draw)
-            most, said = peak(damaged)
-            assert most < 2 * max(honest, len(damaged)), (kind, said)
-            assert said.isprintable() and len(said) < 600 and (not said or "bad.safetensors" in said), said
-            counts[kind] += bool(said)
+            most, message = peak(damaged)
+            assert most < 2 * max(honest, len(damaged)), (kind, message)
+            assert message.isprintable() and len(message) < 600 and (not message or "bad.safetensors" in message), message
+            counts[kind] += bool(message)
     assert sum(counts.values()) > 0.8 * SEEDS * (len(KINDS) - 3), counts
     assert all(count for kind, count in counts.items() if maker is not foreign_file or kind not in UNMARKED), counts

@@ -48,8 +48,8 @@ def test_transformers_reads_our_folder(name, transformers, random_params, random
 def test_pre_logits_become_the_pooler(transformers, random_params, random_images, our_stages, tmp_path):
     model, params, size = made("B/16-shaped", random_params, representation_size=40)
     save_huggingface(tmp_path / "x", params)
-    theirs, said = transformers.ViTModel.from_pretrained(tmp_path / "x", output_loading_info=True)
-    assert not said["missing_keys"] and not said["unexpected_keys"]
+    theirs, info = transformers.ViTModel.from_pretrained(tmp_path / "x", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     images = random_images(*size)
     ours = our_stages(model, params, images)
     del ours["logits"]

@@ -48,7 +48,7 @@ def graphics(size):
 
 @pytest.fixture(scope="module")
 def answers(timm, transformers, torch, tmp_path_factory):
-    """A function from images to the probabilities of mini_8 here, in timm and in transformers, each with its own preprocessing."""
+    """A function from images to the probabilities of mini_8 here, in timm and in transformers, with their own preprocessing."""
     folder = tmp_path_factory.mktemp("resizing")
     _, params = load("mini_8")
     save_timm(folder / "timm", params)

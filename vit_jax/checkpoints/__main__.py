@@ -17,6 +17,10 @@ _SUFFIXES = {"google": ".npz", "onnx": ".onnx", "stablehlo": ".stablehlo"}
 def main(argv: list[str] | None = None, program: str = "python -m vit_jax.checkpoints") -> int:
     """Runs one command.
 
+    Args:
+      argv: arguments; None: those of the process.
+      program: the name of the command in help and errors.
+
     Returns:
       The exit status: 0; 1 after an error or if numbers differ; 2 for a wrong command line.
     """

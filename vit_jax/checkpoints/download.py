@@ -1,7 +1,7 @@
 """Finds published files by name and downloads them to the cache on first use.
 
 The cache ($VIT_JAX_CACHE, else the user's cache folder) has the layout of Google's bucket. Copies from the Hugging Face hub
-are converted to npz and kept apart, in `copies`, because they may have no head. A file appears in the cache when it is whole
+are converted to npz and stored in `copies`, because they may have no head. A file appears in the cache when it is whole
 and checked. Until then it grows in a hidden file next to its final path, from which a later try continues.
 """
 

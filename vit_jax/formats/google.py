@@ -85,7 +85,7 @@ def _values(file: Npz, member: Member) -> np.ndarray:
 
 
 def _shape_only(file: Npz, member: Member) -> np.ndarray:
-    """Returns an array of a member's shape and type that reads no values and takes no memory."""
+    """Returns an array of a member's shape and type without reading values or allocating memory for them."""
     return np.broadcast_to(np.zeros((), ml_dtypes.bfloat16 if member.dtype == BFLOAT16 else member.dtype), member.shape)
 
 

@@ -102,7 +102,7 @@ def stored_types(path: str | os.PathLike) -> list[str]:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     try:
         with safe_open(path, framework="numpy") as file:
-            found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
     return sorted(names.get(kind, kind) for kind in found)

@@ -78,11 +78,11 @@ def test_other_error_prints_a_traceback_and_does_not_wait_for_threads():
 @pytest.mark.parametrize(
     ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-@pytest.mark.parametrize("where", ["import slow", "time.sleep(50)", "\ntry: time.sleep(50)\nexcept BaseException: pass"])
-def test_signals_end_a_process_at_once_with_their_status(tmp_path, number, status, word, where):
+@pytest.mark.parametrize("work", ["import slow", "time.sleep(50)", "\ntry: time.sleep(50)\nexcept BaseException: pass"])
+def test_signals_end_a_process_at_once_with_their_status(tmp_path, number, status, word, work):
     """In an import that catches KeyboardInterrupt, in the work, and in a block that catches it."""
     (tmp_path / "slow.py").write_text("import time\ntry:\n    time.sleep(50)\nexcept BaseException:\n    pass\n")
-    body = f"sys.path.insert(0, {str(tmp_path)!r}); print('ready', flush=True)\n{where.strip()}\nreturn 0"
+    body = f"sys.path.insert(0, {str(tmp_path)!r}); print('ready', flush=True)\n{work.strip()}\nreturn 0"
     code = START + "def main():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "cli.run(lambda: cli.call(main))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

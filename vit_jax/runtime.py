@@ -140,7 +140,7 @@ def _use_cache(folder: Path) -> None:
     compilation_cache._cache = cache
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start's many small programs take seconds
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA would write files of its own into the folder
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA would write its own files into the folder
 
 
 @functools.cache

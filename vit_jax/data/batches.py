@@ -63,8 +63,8 @@ def evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
       size: examples in a batch.
 
     Returns:
-      An iterator over (indices int32 [size], mask bool [size]). The mask is True exactly once for each example; where it is
-      False the index is 0.
+      An iterator over (indices int32 [size], mask bool [size]). The mask is True exactly once for each example; the index is
+      0 if the mask is False.
 
     Raises:
       DataError: if `n` or `size` is less than 1.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax import cli
 from vit_jax.errors import ImageError, printable
 
-if TYPE_CHECKING:  # slow imports are inside functions, where Ctrl-C is handled
+if TYPE_CHECKING:  # slow imports are in functions that `cli.call` calls, because it handles Ctrl-C
     from vit_jax.predict.classifier import Classifier, Result
     from vit_jax.predict.images import Source
 

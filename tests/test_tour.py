@@ -22,7 +22,7 @@ IMAGES = ["load", "images", "attention", "heads", "curves", "tuned", "prediction
 TEXTS = ["load", "features", "train", "classify"]  # cells that print
 
 # Runs cells, id → source, in one namespace, as a notebook does, and inside a running event loop, as kernels do: code that
-# starts its own event loop fails there. The last line printed is JSON: the outputs of each cell, and values that the text names.
+# starts its own event loop fails there. The last line printed is JSON: the outputs of each cell, and values from the text.
 RUN = """
 import ast, asyncio, base64, contextlib, io, json, sys
 
@@ -36,7 +36,8 @@ async def run(cells):
         file = io.BytesIO()
         if value is not None:
             value.save(file, "png")
-        yield cell, {"kind": type(value).__name__, "text": printed.getvalue(), "png": base64.b64encode(file.getvalue()).decode()}
+        png = base64.b64encode(file.getvalue()).decode()
+        yield cell, {"kind": type(value).__name__, "text": printed.getvalue(), "png": png}
 
 async def main(cells):
     return {cell: outputs async for cell, outputs in run(cells)}

@@ -14,7 +14,6 @@ from vit_jax.models.variants import build
 from vit_jax.reports.attention import distances
 from vit_jax.transforms.preprocess import preprocess
 
-
 # Compilation takes most of the time of these tests.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -22,7 +22,7 @@ IMAGES = ["load", "images", "attention", "heads", "curves", "tuned", "prediction
 TEXTS = ["load", "features", "train", "classify"]  # cells that print
 
 # Runs cells, id → source, in one namespace, as a notebook does, and inside a running event loop, as kernels do: code that
-# starts its own event loop fails there. The last line printed is JSON: each cell's outputs, and values that the text names.
+# starts its own event loop fails there. The last line printed is JSON: the outputs of each cell, and values from the text.
 RUN = """
 import ast, asyncio, base64, contextlib, io, json, sys
 

@@ -14,15 +14,29 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vit_jax import Config
+from vit_jax.files import locked
 from vit_jax.models.variants import build, shapes
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The folder of a finished run: 12 steps of a tiny ViT on a part of the embedded images, evaluated every 4."""
+def finished(tmp_path_factory, request):
+    """The folder of a finished run: 12 steps of a tiny ViT on a part of the embedded images, evaluated every 4 steps.
+
+    The processes of one test run share it.
+    """
     from vit_jax.training.loop import train
 
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "finished"
+    with locked(folder / "lock", "trains the same run"):
+        if not (folder / "done").exists():
+            train(_make_config(folder), folder / "tiny")
+            (folder / "done").touch()
+    return folder / "tiny"
+
+
+def _make_config(folder: Path) -> Config:
+    """The configuration of the run; writes the weights that it starts from."""
     model = build("B/8", hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32, num_classes=5)
     draw = np.random.default_rng(0)
     flat = {name: draw.normal(scale=0.2, size=leaf.shape) for name, leaf in flatten_dict(shapes(model, 32), sep="/").items()}
@@ -35,8 +49,7 @@ def finished(tmp_path_factory):
     config.training.steps, config.training.batch_size = 12, 16
     config.training.eval_every, config.run.eval_batch_size, config.training.save_every = 4, 16, 4
     config.run.expected = {"test/accuracy": 0.25, "test/accuracy of another": 0.5}
-    train(config, folder / "tiny")
-    return folder / "tiny"
+    return config
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from vit_jax.checkpoints.load import load
 from vit_jax.data.sources import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.formats.google import save_npz
+from vit_jax.reports import sections
+from vit_jax.reports.markup import figure_html
 from vit_jax.reports.page import write
 from vit_jax.reports.runs import read_run, superclasses
 
@@ -88,7 +90,8 @@ def test_page_of_the_demo_has_small_figures(run, browser):
     page = write(run)
     assert figure_files(run) == FIGURES
     check_layout(browser, page)
-    write(run, num_images=1)
+    for captioned in sections.attention_figures(read_run(run), sections.AttentionOptions(num_images=1)):
+        figure_html(captioned, run / "figures")
     for name in ("rollout", "curves"):  # the README shows them
         assert (run / "figures" / f"{name}.png").stat().st_size < 200_000
 

@@ -27,6 +27,7 @@ def test_options_and_errors(run, tmp_path, capsys, unrendered):
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(run), "--layers", "9"], "there is no layer 9"),
+        ([str(run), "--images", "17,100"], "images: there is no image 100; the split test[:100] has images 0 to 99"),
         ([str(run), "--num_images", "0"], "num_images=0: must be at least 1"),
         ([str(run), "--output", str(run / "config.json" / "page.html")], "config.json"),
     ]:
@@ -39,7 +40,7 @@ def test_options_and_errors(run, tmp_path, capsys, unrendered):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--num_images" in capsys.readouterr().out
+    assert {"--num_images", "--images"} <= set(capsys.readouterr().out.split())
 
 
 def test_attention_options_need_a_single_run(run, capsys):

@@ -9,8 +9,9 @@ from tests.reports.pages import edit
 from vit_jax.config import check
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, DataError, ReportError
-from vit_jax.reports.page import write
+from vit_jax.reports.markup import figure_html
 from vit_jax.reports.runs import Missing, read_run, superclasses
+from vit_jax.reports.sections import prediction_figures
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,8 @@ def test_class_names_are_distinct_single_lines(run):
     names["class_names"] = ["same", "same", "狮子", "two\nlines", *names["class_names"][4:]]
     (run / "final.json").write_text(json.dumps(names))
     assert list(read_run(run).class_names[:4]) == ["same (0)", "same (1)", "狮子", "two lines"]
-    write(run)  # without a warning
+    for captioned in prediction_figures(read_run(run)):
+        figure_html(captioned)  # without a warning
 
 
 @pytest.mark.parametrize("task", ["cifar100", "cifar100_excerpt"])

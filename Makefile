@@ -30,21 +30,21 @@ test-newest: .venv-newest/.tools  ## the quick tests and the demo with the newes
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
-	$(RUN) -m pytest tests/peers
+	$(RUN) -m pytest tests/peers tests/benchmarks/test_peer_process.py
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# PARTS=train-256,loop measures these alone; ORIGINAL=CHECKOUT of google-research/vision_transformer adds it to the peers.
+# PARTS=train-256,loop measures only these parts; ORIGINAL=CHECKOUT of google-research/vision_transformer adds the original.
 SUITE = failed=0; $(RUN) -m benchmarks $(if $(PARTS),--only $(PARTS)) $(if $(ORIGINAL),--original $(ORIGINAL))
 PAGE = $(RUN) -m benchmarks --page; exit $$failed
 
-benchmark: interop  ## speed and memory on this machine's CPU beside timm's, for docs/performance.md: about an hour on 2 cores
-	JAX_PLATFORMS=cpu $(SUITE) --suite cpu --output docs/benchmarks/cpu.json || failed=1; $(PAGE)
+benchmark: interop  ## speed and memory on this machine's CPU next to timm, for docs/performance.md: about an hour on 2 cores
+	JAX_PLATFORMS=cpu $(SUITE) --suite cpu || failed=1; $(PAGE)
 
-benchmark-gpu: engine  ## the same on this machine's GPU, beside the peers that are installed: less than 25 minutes
+benchmark-gpu: engine  ## the same on this machine's GPU, next to timm if it is installed: less than 25 minutes
 	$(SUITE) --suite gpu || failed=1; $(PAGE)
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays

@@ -1,1 +1,1 @@
-"""What this package costs in time and memory, measured beside others: `python -m benchmarks --help`."""
+"""Speed and memory of this package next to timm and the original: `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""A row of the table of variants that compiles in no time."""
+"""A model that compiles quickly."""
 
 import jax
 import pytest
@@ -9,7 +9,8 @@ from vit_jax.training import devices
 
 @pytest.fixture
 def pico(monkeypatch):
+    """Options of a command line that measures a tiny model on one device."""
     monkeypatch.setitem(VARIANTS, "Pico/8", dict(VARIANTS["Nano/8"], hidden_size=64, num_layers=2, num_heads=2, mlp_dim=256))
-    alone = devices.Layout("mesh", jax.local_devices()[:1])  # one device, for which XLA compiles sooner than for eight
-    monkeypatch.setattr(devices, "start", lambda run: alone)
-    return ["--model", "Pico/8", "--size", "32", "--batch", "8", "--classes", "5", "--rounds", "3"]
+    layout = devices.Layout("mesh", jax.local_devices()[:1])  # XLA compiles sooner for one device than for eight
+    monkeypatch.setattr(devices, "start", lambda run: layout)
+    return ["--model", "Pico/8", "--size", "32", "--batch", "8", "--rounds", "3"]

@@ -1,27 +1,21 @@
-"""The same weights and the same work in other people's implementations: their stages as an IO.npz, or their speed.
+"""The same weights in timm, Hugging Face transformers and the original: the arrays of their stages, as an IO.npz.
 
     python -P vit_jax/interop/peers.py timm FOLDER --images IMAGES.npz --output IO.npz
     python -P vit_jax/interop/peers.py huggingface FOLDER --images IMAGES.npz --output IO.npz
     python -P vit_jax/interop/peers.py original WEIGHTS.npz --images IMAGES.npz --output IO.npz --original CHECKOUT
         --geometry JSON
-    python -P vit_jax/interop/peers.py time timm+bf16+compile --work JSON [--original CHECKOUT]
 
-A FOLDER is what `convert --to timm` or `--to huggingface` left, IMAGES.npz holds `images` as a model gets them. `time` is
-driven over standard input and output by `python -m benchmarks`, which writes the JSON. Each runs in a process of its
-own and by this file's path, for the original's package is called vit_jax too: nothing of ours is imported. The only file of
-the product that imports the peers, inside functions.
+A FOLDER is what `convert --to timm` or `--to huggingface` writes; IMAGES.npz holds `images`, float32 [B, H, W, 3], as a model
+gets them. Each command runs in its own process and by the path of this file, because the package of the original is called
+vit_jax too: this file imports nothing of ours, and it is the only file of the package that imports these peers, in functions.
 """
 
 import argparse
-import functools
 import importlib
-import importlib.metadata
 import json
 import os
-import resource
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +23,6 @@ from typing import Any
 import numpy as np
 
 Stages = dict[str, np.ndarray]
-Timed = tuple[Callable[[int], float], Callable[[], dict[str, Any]]]  # n units → seconds; what there is to say of it
 _DECLARED: list[Any] = []  # torch.library.Library objects: their declarations go when they go
 
 
@@ -126,7 +119,7 @@ def _huggingface(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
     return huggingface_stages(model.eval(), images)
 
 
-def _original_model(checkout: str | None, geometry: dict[str, Any]) -> Any:
+def original_model(checkout: str | None, geometry: dict[str, Any]) -> Any:
     """The original's model, without dropout, of the fields of our VisionTransformer."""
     if not checkout or not (Path(checkout) / "vit_jax" / "models_vit.py").is_file():
         raise SystemExit(
@@ -155,7 +148,7 @@ def _original_model(checkout: str | None, geometry: dict[str, Any]) -> Any:
 
 def _original(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
     geometry = json.loads(arguments.geometry)
-    model = _original_model(arguments.original, geometry)
+    model = original_model(arguments.original, geometry)
     import jax
     import ml_dtypes
     from flax.traverse_util import flatten_dict, unflatten_dict
@@ -198,277 +191,10 @@ def _original(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-# --- The same work, timed -------------------------------------------------------------------------------------------------
-#
-# A step is forward, backward, clipping by global norm and SGD with momentum on random images; inference is a forward pass.
-
-
-def _random_images(work: dict[str, Any], axes: str) -> tuple[np.ndarray, np.ndarray]:
-    """Random images float32 in [-1, 1], as a model gets them ("NHWC" or "NCHW"), and labels int64 [B]."""
-    draw, size = np.random.default_rng(0), work["size"]
-    shape = {"N": work["batch"], "H": size, "W": size, "C": 3}
-    images = draw.uniform(-1, 1, [shape[axis] for axis in axes]).astype(np.float32)
-    return images, draw.integers(0, work["geometry"]["num_classes"], work["batch"])
-
-
-def _versions(*names: str) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def _resident() -> int:
-    """The largest memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _plain(work: dict[str, Any], peer: str) -> dict[str, Any]:
-    geometry: dict[str, Any] = work["geometry"]
-    if geometry["resnet"] is not None or geometry["representation_size"]:
-        raise SystemExit(f"{peer} is timed on Vision Transformers without ResNet and pre_logits alone")
-    return geometry
-
-
-def _time_torch(work: dict[str, Any], options: set[str], peer: str, model: Any, call: Callable[..., Any]) -> Timed:
-    """`call(model, images)` gives logits. Images and labels lie on the device as the model wants them."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    torch.set_float32_matmul_precision("highest")  # as ours: what is called float32 is no TF32
-    layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
-    model = model.to(device=device, memory_format=layout)
-    pixels, classes = _random_images(work, "NCHW")
-    images = torch.from_numpy(pixels).to(device=device, memory_format=layout)
-    labels = torch.from_numpy(classes).to(device)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, **({"fused": True} if cuda else {}))
-    if options & {"compile", "autotune"}:
-        mode = "max-autotune-no-cudagraphs" if "autotune" in options else "default"
-        model.compile(mode=mode)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled="bf16" in options)
-
-    def step() -> None:
-        with autocast():
-            logits = call(model, images)
-        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def infer() -> None:
-        with torch.inference_mode(), autocast():
-            call(model, images)
-
-    train = work["kind"] == "train"
-    model.train(train)
-    act = step if train else infer
-
-    def run(n: int) -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(n):
-            act()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def about() -> dict[str, Any]:
-        memory = torch.cuda.max_memory_allocated() if cuda else _resident()
-        name = torch.cuda.get_device_name() if cuda else "cpu"
-        return {"memory": memory, "device": name, "versions": _versions("torch", peer)}
-
-    return run, about
-
-
-def _time_timm(work: dict[str, Any], options: set[str], original: str | None) -> Timed:
-    import_torchvision()
-    vision_transformer = importlib.import_module("timm.models.vision_transformer")
-    geometry = _plain(work, "timm")
-    token = geometry["classifier"] == "token"
-    model = vision_transformer.VisionTransformer(
-        img_size=work["size"],
-        patch_size=geometry["patch_size"],
-        embed_dim=geometry["hidden_size"],
-        depth=geometry["num_layers"],
-        num_heads=geometry["num_heads"],
-        mlp_ratio=geometry["mlp_dim"] / geometry["hidden_size"],
-        num_classes=geometry["num_classes"],
-        act_layer="gelu_tanh",
-        global_pool="token" if token else "avg",
-        class_token=token,
-        fc_norm=False,
-    )
-    return _time_torch(work, options, "timm", model, lambda model, images: model(images))
-
-
-def _time_transformers(work: dict[str, Any], options: set[str], original: str | None) -> Timed:
-    import_torchvision()
-    transformers = importlib.import_module("transformers")
-    geometry = _plain(work, "transformers")
-    if geometry["classifier"] != "token":
-        raise SystemExit("transformers' ViT classifies from a class token")
-    config = transformers.ViTConfig(
-        image_size=work["size"],
-        patch_size=geometry["patch_size"],
-        hidden_size=geometry["hidden_size"],
-        num_hidden_layers=geometry["num_layers"],
-        num_attention_heads=geometry["num_heads"],
-        intermediate_size=geometry["mlp_dim"],
-        num_labels=geometry["num_classes"],
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-    )
-    model = transformers.ViTForImageClassification(config)
-    return _time_torch(work, options, "transformers", model, lambda model, images: model(pixel_values=images).logits)
-
-
-def _time_keras_hub(work: dict[str, Any], options: set[str], original: str | None) -> Timed:
-    os.environ["KERAS_BACKEND"] = "jax"
-    keras = importlib.import_module("keras")
-    keras_hub = importlib.import_module("keras_hub")
-    import jax
-
-    geometry, size = _plain(work, "keras_hub"), work["size"]
-    keras.config.set_image_data_format("channels_last")
-    keras.config.set_dtype_policy("mixed_bfloat16" if "bf16" in options else "float32")
-    backbone = keras_hub.models.ViTBackbone(
-        image_shape=(size, size, 3),
-        patch_size=(geometry["patch_size"],) * 2,
-        num_layers=geometry["num_layers"],
-        num_heads=geometry["num_heads"],
-        hidden_dim=geometry["hidden_size"],
-        mlp_dim=geometry["mlp_dim"],
-    )
-    pooling = "token" if geometry["classifier"] == "token" else "gap"
-    model = keras_hub.models.ViTImageClassifier(
-        backbone=backbone, num_classes=geometry["num_classes"], preprocessor=None, pooling=pooling
-    )
-    model.compile(
-        optimizer=keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=1.0),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    images, labels = _random_images(work, "NHWC")
-
-    def batches(n: int) -> Iterable[tuple[np.ndarray, ...]]:
-        for _ in range(n):
-            yield (images, labels) if work["kind"] == "train" else (images,)
-
-    def run(n: int) -> float:
-        began = time.perf_counter()
-        # keras.Model's own: KerasHub's put a preprocessor before it, which there is not, and make arrays of what they get.
-        if work["kind"] == "train":
-            keras.Model.fit(model, batches(n), steps_per_epoch=n, verbose=0)
-        else:
-            keras.Model.predict(model, batches(n), steps=n, verbose=0)
-        return time.perf_counter() - began
-
-    return run, functools.partial(about_jax, "keras", "keras-hub", "jax", device=jax.local_devices()[0])
-
-
-def about_jax(*names: str, device: Any) -> dict[str, Any]:
-    """What a contestant in JAX says of itself: its memory in bytes, its device, the versions of these packages."""
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or _resident()
-    return {"memory": memory, "device": device.device_kind, "versions": _versions(*names)}
-
-
-def _time_original(work: dict[str, Any], options: set[str], original: str | None) -> Timed:
-    """Their update function (vit_jax/train.py, make_update_fn) without TensorFlow, under pmap.
-
-    Every step gets float32 images and one-hot labels from the host, as their pipeline hands them over; what their pipeline
-    costs before that is not in it.
-    """
-    model = _original_model(original, work["geometry"])
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    devices = jax.local_device_count()
-    images, labels = _random_images(work, "NHWC")
-    one_hot = np.eye(work["geometry"]["num_classes"], dtype=np.float32)[labels]
-    images, one_hot = (array.reshape(devices, -1, *array.shape[1:]) for array in (images, one_hot))
-    variables = jax.jit(lambda key: model.init(key, images[0], train=False))(jax.random.PRNGKey(0))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.sgd(optax.cosine_decay_schedule(1e-3, 10**6), momentum=0.9, accumulator_dtype="bfloat16"),
-    )
-
-    def update(params: Any, opt_state: Any, images: Any, labels: Any, key: Any) -> Any:
-        _, following = jax.random.split(key)
-        dropout = jax.random.fold_in(key, jax.lax.axis_index("batch"))
-
-        def loss_of(params: Any) -> Any:
-            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout})
-            return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * labels, axis=1))
-
-        loss, gradients = jax.value_and_grad(loss_of)(params)
-        gradients = jax.lax.pmean(gradients, "batch")
-        updates, opt_state = optimizer.update(gradients, opt_state)
-        return optax.apply_updates(params, updates), opt_state, jax.lax.pmean(loss, "batch"), following
-
-    def replicate(tree: Any) -> Any:
-        return jax.pmap(lambda _: tree)(jnp.arange(devices))
-
-    train = jax.pmap(update, "batch", donate_argnums=0)
-    infer = jax.pmap(functools.partial(model.apply, train=False))
-    params = replicate(variables["params"])
-    state = [params, replicate(optimizer.init(variables["params"])), None, replicate(jax.random.PRNGKey(0))]
-
-    def run(n: int) -> float:
-        began, last = time.perf_counter(), None
-        for _ in range(n):
-            if work["kind"] == "train":
-                state[0], state[1], last, state[3] = train(state[0], state[1], images, one_hot, state[3])
-            else:
-                last = infer({"params": params}, images)
-        jax.block_until_ready((last, state[0]))
-        return time.perf_counter() - began
-
-    return run, functools.partial(about_jax, "jax", "flax", device=jax.local_devices()[0])
-
-
-def serve(prepare: Callable[[], Timed]) -> None:
-    """A contestant of `python -m benchmarks`, driven by lines on standard input, until it ends.
-
-    Writes a line of JSON when it is ready, then one for each line: "5" runs five units and answers {"seconds": …}, "about"
-    answers with what there is to say. All else that this process prints goes to standard error.
-    """
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    run, about = prepare()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
-        answer = about() if line.strip() == "about" else {"seconds": run(int(line))}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-_TIMED = {
-    "timm": (_time_timm, {"bf16", "compile", "autotune", "channels_last"}),
-    "transformers": (_time_transformers, {"bf16", "compile", "autotune", "channels_last"}),
-    "keras_hub": (_time_keras_hub, {"bf16"}),
-    "original": (_time_original, set[str]()),
-}
-
-
-def variant(name: str) -> tuple[str, set[str]]:
-    """The peer and the options of a name such as "timm+bf16+compile"; ValueError for what there is not."""
-    peer, *options = name.split("+")
-    if peer not in _TIMED:
-        raise ValueError(f"there is no peer {peer!r} to time; there are {', '.join(_TIMED)}")
-    allowed = _TIMED[peer][1]
-    if unknown := sorted(set(options) - allowed):
-        having = f"; it has {', '.join(sorted(allowed))}" if allowed else ""
-        raise ValueError(f"{peer} has no option {unknown[0]!r}{having}")
-    return peer, set(options)
-
-
 _PEERS = {"timm": _timm, "huggingface": _huggingface, "original": _original}
 _INSTALL = {
     "timm": "pip install torch torchvision timm",
     "huggingface": "pip install torch transformers",
-    "transformers": "pip install torch transformers",
-    "keras_hub": "pip install keras-hub",
     "original": "pip install -r requirements.txt",
 }
 
@@ -485,18 +211,10 @@ def main(argv: list[str] | None = None) -> None:
         if name == "original":
             peer.add_argument("--original", required=True, help="a checkout of github.com/google-research/vision_transformer")
             peer.add_argument("--geometry", required=True, help="the fields of our VisionTransformer, as JSON")
-    timing = peers.add_parser("time", help="its speed, driven over standard input by python -m benchmarks")
-    timing.add_argument("name", help="a peer with options, such as timm+bf16+compile")
-    timing.add_argument("--work", required=True, type=json.loads, help="kind, geometry, size and batch, as JSON")
-    timing.add_argument("--original", help="a checkout of github.com/google-research/vision_transformer")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything lies in the folder
     name = arguments.peer
     try:
-        if name == "time":
-            name, options = variant(arguments.name)
-            serve(functools.partial(_TIMED[name][0], arguments.work, options, arguments.original))
-            return
         with np.load(arguments.images) as file:
             images = file["images"]
         found = _PEERS[name](arguments, images)

@@ -7,7 +7,6 @@ cropped, flipped, resized and scaled in every step, as in a run.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import statistics
@@ -25,9 +24,9 @@ from vit_jax.config import Augment, Model, Optimizer, Run
 from vit_jax.errors import UserError
 from vit_jax.models.variants import build, flops
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import devices, feed, state, step
+from vit_jax.training import devices, feed, program, state
 from vit_jax.training import optimizer as optimizers
-from vit_jax.transforms.preprocess import for_evaluation, for_training
+from vit_jax.transforms.keys import INIT, stream
 
 SEED, CLASSES = 0, 100
 # Name → (how its process is started, what may follow its name, as in timm+bf16).
@@ -86,35 +85,33 @@ class Ours:
         self.work, self.layout = work, devices.start(Run())
         self.layout.check(work.batch, work.accumulation)
         images = jnp.zeros((1, work.size, work.size, 3))
-        params = jax.jit(lambda key: model.init(key, images)["params"])(step.stream(SEED, step.INIT))
+        params = jax.jit(lambda key: model.init(key, images)["params"])(stream(SEED, INIT))
         tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
         settings = Model(variant=work.model, dtype=work.dtype, attention=work.attention)
         self.attention = runtime.resolve_auto(settings, model, tokens).attention
         model = model.clone(attention=self.attention)
         optimizer = optimizers.build(Optimizer(learning_rate=1e-3), 1_000_000)  # clipping, SGD, momentum in bfloat16
-        forward = step.loss_of(model, for_training(Augment(), work.size), SEED)
         self.state = state.create(params, optimizer)  # not yet on the devices
-        self.step = self.layout.train(functools.partial(step.train_step, forward=forward, optimizer=optimizer, seed=SEED))
-        self.predict = self.layout.evaluate(step.logits_of(model, for_evaluation(work.size)))
+        self.step, self.predict = program.build(model, Augment(), optimizer, self.layout, SEED, work.size)
         self.feed = feed.Feed(RandomImages(num_images, model.num_classes), self.layout, sys.maxsize)  # type: ignore[arg-type]
 
     def contestant(self) -> Timed:
         """Steps or forward passes one after the other; the device is waited for only at the end, as in a run."""
         work, data, train = self.work, self.feed.data, self.work.kind == "train"
-        program: Any = self.step if train else self.predict
+        compiled: Any = self.step if train else self.predict
         current = self.layout.put(self.state if train else self.state.params)
         batch, _, _ = next(self.feed.evaluation(work.batch))
         batches = self.feed.train(work.batch, work.accumulation, SEED, 0) if train else itertools.repeat(batch)
 
         def unit() -> Any:
             nonlocal current
-            result = program(current, next(batches), data)
+            result = compiled(current, next(batches), data)
             current = result[0] if train else current
             return result
 
         def about() -> dict[str, Any]:
             found = report_jax(self.layout.devices[0], "jax", "flax", "optax")
-            plan = program.lower(current, next(batches), data).compile().memory_analysis()
+            plan = compiled.lower(current, next(batches), data).compile().memory_analysis()
             sizes = (plan.argument_size_in_bytes, plan.temp_size_in_bytes, plan.output_size_in_bytes, -plan.alias_size_in_bytes)
             return found | {"attention": self.attention, "planned": sum(sizes)}
 

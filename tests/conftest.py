@@ -3,7 +3,6 @@
 import os
 import signal
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -41,12 +40,10 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_cifar100(shared, tmp_path_factory):
-    """The TFDS directory that holds the real CIFAR-100, and in `seconds` the processor's time that it took to prepare."""
+    """The TFDS directory that holds the real CIFAR-100."""
     from vit_jax.data.prepare import prepare
     from vit_jax.data.tasks import TASKS
 
     data_dir = tmp_path_factory.mktemp("tfds")
-    begin = time.process_time()  # other tests run beside this one
     prepare(TASKS["cifar100"], shared / "data" / "cifar-100-binary.tar.xz", data_dir)
-    (data_dir / "seconds").write_text(str(time.process_time() - begin))
     return data_dir

@@ -131,16 +131,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, purpose: str) -> Iterator[None]:
+def locked(path: Path, purpose: str, wait: bool = True) -> Iterator[None]:
     """Holds a lock between processes on the file `path`; the system releases it when the process ends, also by a kill.
 
     If another process holds the lock, this is logged with `purpose`, such as "downloads ViT-B_16.npz", and the block starts
     when that process releases it. The file is not removed: a process that waits for the removed file and a later process
     would lock two different files.
+
+    Raises:
+      BlockingIOError: without `wait`, if another process holds the lock.
+      OSError: if the file cannot be opened; without `wait`, also if the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        if not _flock(file.fileno()):
+        if not wait:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif not _flock(file.fileno()):
             _log.warning("waiting for another process that %s (it holds %s)", purpose, path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax.config import Config
 from vit_jax.errors import ConfigError
-from vit_jax.training.workdir import check, lock_workdir, record_environment
+from vit_jax.training.workdir import check_workdir, lock_workdir, record_environment
 
 
 def test_folder_of_another_configuration_is_refused(tmp_path):
@@ -16,7 +16,7 @@ def test_folder_of_another_configuration_is_refused(tmp_path):
     with lock_workdir(tmp_path / "run", first):
         (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="these fields differ: optimizer.learning_rate, seed. Name another --workdir"):
-        check(tmp_path / "run", second)
+        check_workdir(tmp_path / "run", second)
     first.run.parallel = "pmap"  # changes no number
     with lock_workdir(tmp_path / "run", first):
         pass
@@ -26,9 +26,9 @@ def test_folder_of_another_configuration_is_refused(tmp_path):
 def test_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is not the folder of a run"):
-        check(tmp_path, Config())
+        check_workdir(tmp_path, Config())
     with pytest.raises(ConfigError, match="is not the folder of a run"):
-        check(tmp_path / "thesis.tex", Config())
+        check_workdir(tmp_path / "thesis.tex", Config())
 
 
 def test_folder_of_a_start_that_was_killed_at_once_is_usable(tmp_path):
@@ -60,7 +60,7 @@ def test_configuration_can_change_before_the_first_step(tmp_path):
     with lock_workdir(tmp_path, first):
         pass
     corrected = Config()
-    assert check(tmp_path, corrected).model.attention == "auto"
+    assert check_workdir(tmp_path, corrected).model.attention == "auto"
     corrected.model.attention = "xla"
     with lock_workdir(tmp_path, corrected):
         assert json.loads((tmp_path / "config.json").read_text())["model"]["attention"] == "xla"
@@ -70,16 +70,16 @@ def test_configuration_is_compared_again_under_the_lock(tmp_path, monkeypatch):
     """Between the first comparison and the lock, another process may have trained in the folder."""
     from vit_jax.training import workdir
 
-    original, first = workdir.check, Config(seed=1)
+    original, first = workdir.check_workdir, Config(seed=1)
 
     def check_then_train(folder, config):
         result = original(folder, config)
-        monkeypatch.setattr(workdir, "check", original)
+        monkeypatch.setattr(workdir, "check_workdir", original)
         with workdir.lock_workdir(folder, first):
             (folder / "metrics.jsonl").write_text('{"step": 1}\n')
         return result
 
-    monkeypatch.setattr(workdir, "check", check_then_train)
+    monkeypatch.setattr(workdir, "check_workdir", check_then_train)
     with pytest.raises(ConfigError, match="these fields differ: seed"), lock_workdir(tmp_path, Config(seed=2)):
         pass
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
@@ -93,10 +93,10 @@ def test_more_steps_of_a_finished_run_are_answered_with_a_command(tmp_path):
         (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     config.training.steps = 3000
     with pytest.raises(ConfigError, match="these fields differ: training.steps. Name another --workdir"):
-        check(folder, config)
+        check_workdir(folder, config)
     (folder / "final.npz").touch()
     with pytest.raises(ConfigError, match="start a new run from its weights: python main.py") as error:
-        check(folder, config)
+        check_workdir(folder, config)
     assert shlex.split(str(error.value).split("weights: ")[1])[2:] == [
         *("--config", f"{folder}/config.json", "--config.training.steps=3000", f"--config.model.checkpoint={folder}"),
         *("--config.model.variant=", "--workdir", f"{folder}-3000"),

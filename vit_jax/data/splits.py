@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split, shared_examples
-from vit_jax.data.tasks import Task, find_prepared
+from vit_jax.data.tasks import Task
 
 
 def open_splits(task: Task, train: str, test: str, data_dir: str | os.PathLike = "") -> tuple[Source, Source]:
@@ -15,10 +15,8 @@ def open_splits(task: Task, train: str, test: str, data_dir: str | os.PathLike =
       task: a row of TASKS.
       train: the training split in TFDS's language; "": the task's own.
       test: the test split, likewise.
-      data_dir: as TFDS's; data that come with the package are found whatever it is.
+      data_dir: as TFDS's.
     """
-    if task.data_dir and not find_prepared(task, data_dir):
-        data_dir = ""
     prepare(task, data_dir=data_dir)
     return open_split(task, train or task.train_split, data_dir), open_split(task, test or task.test_split, data_dir)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,7 @@ from typing import Any
 from vit_jax.config import AUTO, Config, difference
 from vit_jax.config_files import from_json, to_json
 from vit_jax.errors import ConfigError, reason
-from vit_jax.files import remove_scratch, whole_file
+from vit_jax.files import locked, remove_scratch, whole_file
 
 _CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # files of a start that was killed at once
 _RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run resolves when it begins
@@ -77,18 +76,13 @@ def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
       ConfigError: as `check_workdir`, if another process trains in the folder, and if the folder cannot be written.
     """
     check_workdir(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (the lock lasts as long as its file is open, however the process ends)
-    except OSError as error:
-        raise ConfigError(f"{workdir} cannot be written: {reason(error)}") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(workdir / ".lock", f"trains in {workdir}", wait=False))
         except BlockingIOError:
             raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
         except OSError as error:
-            raise ConfigError(f"{workdir} cannot be locked ({reason(error)}); name a --workdir on a local disk") from None
+            raise ConfigError(f"{workdir} cannot be written or locked ({reason(error)}); name another --workdir") from None
         check_workdir(workdir, config)  # again: another process may have trained here since
         remove_scratch(workdir)
         with whole_file(workdir / "config.json") as file:

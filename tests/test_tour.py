@@ -158,7 +158,7 @@ def test_notebook_runs_and_its_text_is_true(tour):
 
 
 def store_outputs() -> None:
-    """Runs the notebook and stores its outputs, with images of at most 256 colours."""
+    """Runs the notebook and stores its outputs, with compressed images."""
     from PIL import Image
 
     notebook = read_notebook()
@@ -167,8 +167,7 @@ def store_outputs() -> None:
         png = found[cell["id"]]["png"]
         if png:
             file = io.BytesIO()
-            image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-            image.quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+            Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").save(file, "png", optimize=True)
             png = base64.b64encode(file.getvalue()).decode()
         cell["outputs"], cell["execution_count"] = stored_outputs(found[cell["id"]]["text"], png, number), number
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

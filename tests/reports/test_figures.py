@@ -45,7 +45,7 @@ def test_rollout_has_the_same_colours_over_any_image(colour):
     grey = np.dot(colour, (0.299, 0.587, 0.114))
     for at, share in [((-20, 20), 1.0), ((20, -20), 0.0)]:  # the largest value's end of the scale, and the smallest's
         np.testing.assert_allclose(overlaid[at], (grey + np.array(matplotlib.colormaps["viridis"](share))[:3]) / 2, atol=0.01)
-    np.testing.assert_allclose(canvas[top + 5, 5], colour, atol=0.01)  # beside it as it is
+    np.testing.assert_allclose(canvas[top + 5, 5], colour, atol=0.01)  # the original image is next to it, unchanged
     assert texts(figure.axes[1]) == ["least", "most"]
     figure = figures.rollout(np.ones((3, 8, 8, 3)), {"before": np.ones((3, 2, 2)), "after": np.ones((3, 2, 2))}, list("abc"))
     assert [text for text in texts(figure.axes[0]) if len(text) > 1] == 2 * ["image", "before", "after"]

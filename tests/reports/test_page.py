@@ -9,6 +9,7 @@ import pytest
 
 from tests.reports.pages import FIGURES, Page, edit, figure_files, read_lines, write_lines
 from vit_jax.checkpoints import download
+from vit_jax.checkpoints.load import load
 from vit_jax.data.tasks import task
 from vit_jax.errors import DataError, ReportError
 from vit_jax.formats.google import read_npz, save_npz
@@ -89,7 +90,9 @@ def test_source_weights_of_another_architecture_are_not_compared(run, unrendered
     (run / "final.json").write_text(json.dumps({name: value for name, value in meta.items() if name != "source_sha256"}))
     assert "has another architecture than the run's weights" in Page(write(run)).text
     edit(run, data__image_size=36)
-    assert "does not divide into patches" in Page(write(run)).text
+    with pytest.raises(ValueError, match="into patches") as error:
+        load(run / "final.npz", num_classes=0, image_size=36)
+    assert str(error.value) in Page(write(run)).text
 
 
 def test_source_weights_that_changed_are_not_compared(run, tmp_path, unrendered):

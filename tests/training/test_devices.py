@@ -37,13 +37,13 @@ def layout(parallel: str, count: int) -> Layout:
     return Layout(parallel, jax.devices()[:count])
 
 
-def losses(model, params, source, where: Layout, steps=20, slices=1, budget=EVERYTHING, seed=0, crop="torchvision"):
+def losses(model, params, source, where: Layout, steps=20, microbatches=1, budget=EVERYTHING, seed=0, crop="torchvision"):
     """The losses of a run with crops and flips, and its last state."""
     optimizer = optimizers.build(Optimizer(warmup_steps=5), steps)
     step = program.build(model, Augment(crop=crop), optimizer, where, seed, 8).train_step
     feed = Feed(source, where, budget)
     state, found = where.put(create(params, optimizer)), []
-    batches = feed.train(16, slices, seed, 0)
+    batches = feed.train(16, microbatches, seed, 0)
     with jax.transfer_guard("disallow"):
         for _ in range(steps):
             state, measured = step(state, next(batches), feed.data)
@@ -52,11 +52,11 @@ def losses(model, params, source, where: Layout, steps=20, slices=1, budget=EVER
 
 
 @pytest.mark.parametrize(
-    ("parallel", "count", "slices"), [("mesh", 8, 1), ("pmap", 8, 1), ("pmap", 1, 1), ("mesh", 4, 4), ("pmap", 4, 2)]
+    ("parallel", "count", "microbatches"), [("mesh", 8, 1), ("pmap", 8, 1), ("pmap", 1, 1), ("mesh", 4, 4), ("pmap", 4, 2)]
 )
-def test_layouts_give_the_same_losses(model_and_params, source_of, on_one_device, parallel, count, slices):
+def test_layouts_give_the_same_losses(model_and_params, source_of, on_one_device, parallel, count, microbatches):
     expected = on_one_device
-    found, state = losses(*model_and_params, source_of(50), layout(parallel, count), slices=slices)
+    found, state = losses(*model_and_params, source_of(50), layout(parallel, count), microbatches=microbatches)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found[-1] != found[0]
     for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(model_and_params[1]), strict=True):
@@ -112,7 +112,9 @@ def test_put_shares_no_memory_with_its_argument(count):
 
 
 def test_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="training.batch_size = 12 in 1 slice.* does not divide among 8 devices; .* 8"):
+    with pytest.raises(
+        ConfigError, match="training.batch_size = 12 in training.grad_accum_steps = 1 does not divide among 8 devices; .* 8"
+    ):
         layout("mesh", 8).check(12, 1)
     with pytest.raises(ConfigError, match="a multiple of 16"):
         layout("mesh", 8).check(24, 2)

@@ -127,7 +127,7 @@ def test_silently_changed_value_is_detected(tmp_path, caplog):
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "9" / "state", tmp_path / "checkpoints" / "2" / "state")
     state, _ = restored(tmp_path)
-    assert same(state, state_at(1)) and "is not what was saved" in caplog.text
+    assert same(state, state_at(1)) and "does not have the SHA-256 of its record" in caplog.text
 
 
 def test_damage_of_all_states_is_an_error(tmp_path):

@@ -24,8 +24,8 @@ def plain_forward(model):
     """Cross-entropy of images that come scaled, without augmentation."""
 
     def forward(params, data, batch, step, key):
-        logits = model.apply({"params": params}, batch["images"], train=True, rngs={"dropout": key})
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+        logits = model.apply({"params": params}, batch.images, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
     return forward
 
@@ -46,7 +46,7 @@ def test_train_step_follows_the_original_trajectory(name, shared, tmp_path):
         np.savez(tmp_path / "tree.npz", **flat)
         return read_npz(tmp_path / "tree.npz")
 
-    slices = 2 if "accum2" in name else 1
+    microbatches = 2 if "accum2" in name else 1
     settings = Optimizer(
         learning_rate=0.03, warmup_steps=2, clip_norm=1.0, accumulator_dtype="float32" if "f32" in name else "bfloat16"
     )
@@ -60,7 +60,9 @@ def test_train_step_follows_the_original_trajectory(name, shared, tmp_path):
     state = create(jax.tree.map(jnp.asarray, params), optimizer)
     for i in range(5):
         images = (oracle["images_u8"][i].astype(np.float32) - 127.5) / 127.5
-        batch = Batch(images=images.reshape(slices, -1, *images.shape[1:]), labels=oracle["labels"][i].reshape(slices, -1))
+        batch = Batch(
+            images=images.reshape(microbatches, -1, *images.shape[1:]), labels=oracle["labels"][i].reshape(microbatches, -1)
+        )
         state, metrics = step(state, batch, None)
         assert abs(metrics["loss"] / oracle["losses"][i] - 1) < 1e-5
         assert abs(metrics["gradient_norm"] / oracle["grad_norms_before_clip"][i] - 1) < 1e-5
@@ -86,13 +88,13 @@ def small():
     return model, params, data
 
 
-def updated(model, params, data, slices, settings, seed=0, steps=1, augment=Augment()):  # noqa: B008
+def updated(model, params, data, microbatches, settings, seed=0, steps=1, augment=Augment()):  # noqa: B008
     """Parameters and losses after `steps` updates, with random crops and flips unless told otherwise."""
     optimizer = optimizers.build(settings, 10)
     forward = loss_of(model, for_training(augment, 16), seed)
     step = jax.jit(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed))
     state, losses = create(params, optimizer), []
-    index = jnp.arange(8, dtype=jnp.int32).reshape(slices, -1)
+    index = jnp.arange(8, dtype=jnp.int32).reshape(microbatches, -1)
     batch = Batch(example_index=index, index=index)
     for _ in range(steps):
         state, metrics = step(state, batch, data)

@@ -102,7 +102,7 @@ def ignore_late_callbacks() -> None:
 
 
 def _read_record(folder: Path, step: int) -> dict[str, Any]:
-    """The record of a state; ValueError if it is not what was saved."""
+    """The record of a state; ValueError if it does not have its own SHA-256."""
     record = json.loads((folder / str(step) / "record" / "metadata").read_text(errors="replace"))
     if isinstance(record, dict) and record.keys() == {"sha256", "best"}:  # of a version that stored no more
         return record

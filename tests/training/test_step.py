@@ -23,7 +23,7 @@ FILES = ["tiny_bf16mom_accum1_head", "tiny_bf16mom_accum2_head", "tiny_f32mom_ac
 def plain_forward(model):
     """Cross-entropy of images that come scaled, without augmentation."""
 
-    def forward(params, data, batch, step, key):
+    def forward(params, batch, data, step, key):
         logits = model.apply({"params": params}, batch.images, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 

@@ -13,7 +13,8 @@ def test_evaluation_counts_every_image(pico):
     assert row["images_per_second"] == pytest.approx(20 / row["seconds"])
 
 
-def test_loop_is_compared_with_its_step():
+@pytest.mark.slow
+def test_loop_is_compared_with_its_step(pico):  # on one device
     if note := _skips_runs():
         pytest.skip(*note)
     (row,) = PARTS["loop"](parse(["--steps", "12"])).rows

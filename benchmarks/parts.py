@@ -28,10 +28,10 @@ from vit_jax.training import loop
 from vit_jax.training.evaluate import predictions
 
 
-def _skips_runs() -> list[str]:
-    """A note if this machine cannot run main.py because it has not the packages that read data."""
-    installed = importlib.util.find_spec("tensorflow_datasets") and importlib.util.find_spec("array_record")
-    return [] if installed else ["main.py is skipped: pip install -r requirements.txt installs what reads data"]
+def _missing_packages() -> list[str]:
+    """A note if this machine cannot run main.py because packages of requirements.txt are not installed."""
+    installed = all(importlib.util.find_spec(name) for name in ("tensorflow_datasets", "array_record", "orbax", "tensorboardX"))
+    return [] if installed else ["main.py is skipped: pip install -r requirements.txt installs what it needs"]
 
 
 def _evaluation(options: argparse.Namespace) -> Result:
@@ -86,7 +86,7 @@ def _startup(options: argparse.Namespace) -> Result:
     rows = list[dict[str, Any]]()
     for name, seconds in timings.items():
         rows.append(dict(name=name, seconds=statistics.median(seconds), of_base=ratio(timings[first], seconds)))
-    if notes := _skips_runs():
+    if notes := _missing_packages():
         return Result(rows, notes)
     with tempfile.TemporaryDirectory() as folder:
         weights = _weights(Work.of(options, "train").build(), options.size, Path(folder) / "weights.npz")
@@ -104,7 +104,7 @@ def _startup(options: argparse.Namespace) -> Result:
 
 def _loop(options: argparse.Namespace) -> Result:
     """The training loop around a model of one block of width 8, next to only its step."""
-    if notes := _skips_runs():
+    if notes := _missing_packages():
         return Result([], notes)
     model, devices = build("B/8", hidden_size=8, num_layers=1, num_heads=1, mlp_dim=8, num_classes=10), jax.local_device_count()
     config = Config(seed=SEED)

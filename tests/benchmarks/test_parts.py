@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.__main__ import parse
-from benchmarks.parts import PARTS, _main_until, _skips_runs
+from benchmarks.parts import PARTS, _main_until, _missing_packages
 from vit_jax.errors import UserError
 
 
@@ -13,8 +13,9 @@ def test_evaluation_counts_every_image(pico):
     assert row["images_per_second"] == pytest.approx(20 / row["seconds"])
 
 
-def test_loop_is_compared_with_its_step():
-    if note := _skips_runs():
+@pytest.mark.slow
+def test_loop_is_compared_with_its_step(pico):  # on one device
+    if note := _missing_packages():
         pytest.skip(*note)
     (row,) = PARTS["loop"](parse(["--steps", "12"])).rows
     assert row["steps"] == 12 and row["overhead"] == pytest.approx(row["mean"] - row["alone"])
@@ -27,7 +28,7 @@ def test_main_py_that_fails_reports_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_startup_ends_with_the_first_step(pico):
-    if note := _skips_runs():
+    if note := _missing_packages():
         pytest.skip(*note)
     result = PARTS["startup"](parse(pico))
     names = [row["name"].split(",")[0] for row in result.rows]

@@ -76,14 +76,14 @@ lowest = sed -nE '/^(\#|$$)/d; s/^([[:alnum:]_-]+)>=([0-9.]+).*/\1==\2/p; t; q1'
 ifeq ($(origin PYTHON), command line)
 
 RUN := $(PYTHON)
-# $(call require,command): fails with a sentence where the interpreter lacks a package that the command prints a line for.
+# $(call require,command): fails with one error if the interpreter has no package of a name that the command prints.
 require = @{ $(1); } | $(RUN) -c "import importlib.metadata as m, re, sys; key = lambda s: re.sub('[-_.]+', '-', s or '').lower(); \
 	lacking = {key(s) for s in re.findall(r'(?m)^\w[\w.-]*', sys.stdin.read())} - {key(d.metadata['Name']) for d in m.distributions()}; \
-	sys.exit('$(PYTHON) lacks ' + ', '.join(sorted(lacking)) + ': install them there, or leave PYTHON= out and a .venv is made.' if lacking else 0)"
+	sys.exit('$(PYTHON) does not have ' + ', '.join(sorted(lacking)) + ': install them there, or leave out PYTHON= to make a .venv.' if lacking else 0)"
 
 product:
 	$(call require,cat requirements.txt)
-engine:  # a machine without a package index may lack what reads data: what needs it is skipped
+engine:  # without the packages that read data, the parts that need them are skipped
 	$(call require,grep -E '^(jax|flax|optax|numpy)>' requirements.txt)
 tools: product
 	$(call require,$(call extra,test))

@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Name → module, and the name there where it is another.
+# Name → module, and the name there if it is another.
 _DOORS = {
     "Classifier": "predict",
     "Config": "config",

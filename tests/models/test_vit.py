@@ -169,7 +169,7 @@ def test_remat_gives_the_same_gradient_with_less_memory():
     def loss(model, params):
         return model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})[:, 0].sum()
 
-    def kept(model) -> int:  # what the backward pass holds beside parameters
+    def kept(model) -> int:  # size of what the backward pass holds in addition to parameters
         back = jax.eval_shape(lambda params: jax.vjp(lambda p: loss(model, p), params)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(back))
 

@@ -1,7 +1,7 @@
 """Kills a small run at random moments and starts it again, many times: `python tests/training/kills.py KILLS FOLDER [SEED]`.
 
 Prints one JSON object. Each run is killed up to eight times, started again until it ends, and compared with a run that was
-left alone: parameters, predictions, metrics, descriptions and the names of all files.
+not interrupted: parameters, predictions, metrics, descriptions and the names of all files.
 """
 
 import collections
@@ -107,7 +107,7 @@ def files(workdir: Path) -> list[str]:
 
 
 def differences(expected: Path, found: Path) -> list[str]:
-    """What a run that was killed has left otherwise than one that was left alone."""
+    """The differences between what a killed run and an uninterrupted run left."""
     ours, theirs = collections.Counter(files(expected)), collections.Counter(files(found))
     wrong = [f"file {name}" for name in (ours - theirs) + (theirs - ours)]
     for name in ("final.npz", "best.npz", "predictions.npz"):

@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, a run ends with the parameters of one that was left alone, bit for bit."""
+"""A run that is killed anywhere and started again ends with the parameters of an uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(source: Path, workdir: Path) -> subprocess.Popen:
-    """main.py itself, in a process of its own."""
+    """Starts main.py in its own process."""
     command = [sys.executable, "main.py", "--config", str(source), "--workdir", str(workdir)]
-    # Compiled programs of their own: a kill may leave one half-written, which no other test should find.
+    # Its own cache of programs, because a kill may leave half an entry, which no other test should find.
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(source.parent / "programs")}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -43,7 +43,7 @@ def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
     reference = start(source, whole)
 
     def unfinished() -> bool:
-        """Orbax is in the midst of saving a state."""
+        """Whether Orbax is saving a state."""
         return steps(killed) > 20 and any(killed.glob("checkpoints/*orbax-checkpoint-tmp*"))
 
     for moment in (lambda: steps(killed) >= 1, unfinished, lambda: steps(killed) >= 90):

@@ -119,7 +119,7 @@ def test_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, cap
 
 
 def test_silently_changed_value_is_detected(tmp_path, caplog):
-    """Orbax restores it without a word: written again with one value changed, the hash beside it being the old one."""
+    """Orbax restores a state silently whose value was changed under the same hash."""
     saved(tmp_path, steps=(1, 2))
     changed = state_at(9)
     with Saver(tmp_path / "other", {}, Config()) as saver:

@@ -1,4 +1,4 @@
-"""What a model is fed: scaling, keys, and that training transforms are a function of (keys, pixels) alone."""
+"""The input of a model: scaling, and that training transforms depend only on keys and pixels."""
 
 import jax
 import jax.numpy as jnp

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 Stages = dict[str, np.ndarray]
-_DECLARED: list[Any] = []  # torch.library.Library objects: their declarations go when they go
+_DECLARED: list[Any] = []  # torch.library.Library objects, which keep their declarations
 
 
 def import_torchvision() -> None:
-    """Imports torchvision where it is installed, as timm and transformers do, also where its operators do not load.
+    """Imports torchvision if it is installed, as timm and transformers do, even if its operators do not load.
 
-    A wheel made for another build of PyTorch than the one installed (as from the package index beside PyTorch's for the
-    CPU) fails on import over the names of its operators; no Vision Transformer calls them, so the names are declared.
+    A wheel made for another build of PyTorch than the one installed, such as PyPI's next to PyTorch's CPU build, fails on
+    import because its operators have no names; no Vision Transformer calls them, so the names are declared here.
     """
     import torch
 
@@ -51,7 +51,7 @@ def import_torchvision() -> None:
 
 
 def _outputs(modules: dict[str, Any], call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What `call` returns, and the last output of each of PyTorch's modules while it ran."""
+    """The result of `call`, and the last output of each of PyTorch's modules during the call."""
     found: dict[str, Any] = {}
     handles = []
     for name, module in modules.items():
@@ -88,7 +88,9 @@ def huggingface_stages(model: Any, images: np.ndarray) -> Stages:
 
     inputs = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     encoder = getattr(model, "vit", model)
-    layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer  # since transformers 5, and before
+    layers = (
+        encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
+    )  # of transformers 5 and newer, and of older versions
     patches = encoder.embeddings.patch_embeddings
     modules = {"embedding": patches, **{f"block_{i}": layer for i, layer in enumerate(layers)}, "features": encoder.layernorm}
     with torch.inference_mode():
@@ -127,7 +129,7 @@ def original_model(checkout: str | None, geometry: dict[str, Any]) -> Any:
             "of a checkout of github.com/google-research/vision_transformer"
         )
     sys.path.insert(0, str(Path(checkout).resolve()))
-    models_vit = importlib.import_module("vit_jax.models_vit")  # theirs, which needs no TensorFlow
+    models_vit = importlib.import_module("vit_jax.models_vit")  # of the original, without TensorFlow
     resnet = geometry["resnet"]
     return models_vit.VisionTransformer(
         num_classes=geometry["num_classes"],
@@ -154,20 +156,20 @@ def _original(arguments: argparse.Namespace, images: np.ndarray) -> Stages:
     from flax.traverse_util import flatten_dict, unflatten_dict
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    # The published names count the layers of a block as Linen's predecessor did; today's Linen counts those of a kind.
+    # The published names count the layers of a block as Linen's predecessor did; today's Linen counts those of each kind.
     linen = {"LayerNorm_2": "LayerNorm_1", "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
     linen |= {"MlpBlock_3": "MlpBlock_0"}
     flat = {}
     with np.load(arguments.source) as file:
         for name in file.files:
             path, leaf = tuple(linen.get(part, part) for part in name.split("/")), file[name]
-            if leaf.dtype == "V2":  # bfloat16, which NumPy stores without its meaning and theirs does not read
+            if leaf.dtype == "V2":  # bfloat16, which NumPy stores as raw bytes and the original does not read
                 leaf = leaf.view(ml_dtypes.bfloat16).astype(np.float32)
             flat[path] = leaf.reshape(-1) if leaf.shape[:-1] == (1, 1, 1) and path[-2].startswith("gn") else leaf
     wanted = flatten_dict(jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"])
     for path in sorted(wanted.keys() | flat.keys()):
         if path not in wanted or path not in flat or wanted[path].shape != flat[path].shape:
-            raise SystemExit(f"{arguments.source}: {'/'.join(path)} is not as the original's model has it")
+            raise SystemExit(f"{arguments.source}: {'/'.join(path)} is not in the original's model with this shape")
 
     def captured(module: Any, _method: str) -> bool:
         name = module.name or ""
@@ -200,8 +202,8 @@ _INSTALL = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: one subcommand a peer. Exits with 2 and a sentence where the peer is not installed."""
-    parser = argparse.ArgumentParser(description="What a peer makes of the same weights, stage by stage, as an IO.npz.")
+    """Runs the command line, a subcommand for each peer; exits with status 2 if the peer is not installed."""
+    parser = argparse.ArgumentParser(description="Computes the stages of a peer from the same weights, as an IO.npz.")
     peers = parser.add_subparsers(dest="peer", required=True)
     for name in _PEERS:
         peer = peers.add_parser(name)

@@ -35,7 +35,7 @@ _RECORDS = 1000  # examples read at once
 
 
 class Missing(Exception):
-    """Something that a part of a report needs and that is not there. The message is a sentence for the page."""
+    """A part of a report needs something that does not exist. The message is shown on the page."""
 
 
 @dataclasses.dataclass(frozen=True)

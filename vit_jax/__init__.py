@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Name → module, and the name there if it is another.
+# Name → module.
 _DOORS = {
     "Classifier": "predict",
     "Config": "config",
@@ -24,14 +24,15 @@ _DOORS = {
     "train": "training.loop",
 }
 
-__all__ = sorted(_DOORS)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_DOORS, "runtime"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "runtime":  # the module, for a notebook's vit_jax.runtime.prepare()
+        return importlib.import_module(f"{__name__}.runtime")
     if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, there = _DOORS[name].partition(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), there or name)
+    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)
 
 
 def __dir__() -> list[str]:

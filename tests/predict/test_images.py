@@ -242,13 +242,13 @@ def test_address_without_an_image_is_an_error(server, path, said):
 def test_download_from_a_slow_server_ends(server, monkeypatch, path):
     """The server sends a byte every 20 ms, without an end."""
     monkeypatch.setattr(images, "_DOWNLOAD_SECONDS", 0.5)
-    with pytest.raises(ImageError, match=f"{server}{path} cannot be downloaded .(not whole|no answer) within 0.5 s"):
+    with pytest.raises(ImageError, match=f"{server}{path} cannot be downloaded .(not complete|no answer) within 0.5 s"):
         fetch(server + path)
 
 
 def test_downloads_are_bounded_and_name_the_address(server, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 10)
-    with pytest.raises(ImageError, match=r"red.png cannot be downloaded \([\d,]+ bytes, at most 10 are read\)"):
+    with pytest.raises(ImageError, match=r"red.png cannot be downloaded \([\d,]+ bytes, expected at most 10\)"):
         fetch(f"{server}/red.png")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

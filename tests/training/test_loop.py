@@ -326,7 +326,7 @@ def test_remat_changes_no_numbers(uninterrupted, config, tmp_path):
 
 @pytest.mark.slow
 def test_loop_overhead_is_below_a_millisecond_per_step(config, tmp_path, monkeypatch):
-    """At least a thousand steps per second, with every line written; processor time, because other tests run at the same time."""
+    """At least 1,000 steps per second with every line written, in processor time, because other tests run at the same time."""
 
     def nothing(state, batch, data, *, forward, optimizer, seed, axis=None):
         return state._replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-newest test-interop check benchmark benchmark-gpu clean product tools interop engine
+.PHONY: help demo test test-full test-lowest test-newest test-interop check benchmark benchmark-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -16,17 +16,25 @@ demo: product  ## fine-tune the embedded ViT on the embedded images: offline, ab
 	@echo "Next: ViT-B/16 on CIFAR-100 (downloads both, and wants a GPU):"
 	@echo "  $(RUN) main.py --config configs/cifar100_b16.py"
 
-test: tools  ## all tests
-	$(RUN) -m pytest -n 2 --dist loadfile
+PYTEST = -m pytest -n 2 --dist worksteal
+# The comparisons with the original, compiled with XLA's optimisations as users' programs are; other tests do without.
+optimized = VIT_JAX_TEST_OPTIMIZED=1 $(1) $(PYTEST) tests/formats/test_oracles.py tests/training/test_step.py
+
+test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
+	$(RUN) $(PYTEST) -m "not slow"
+
+test-full: tools  ## all tests, with samples in full size: damaged files, kills, seeds
+	VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 $(RUN) $(PYTEST)
+	$(call optimized,$(RUN))
 
 LOWEST := .venv-lowest/bin/python
 test-lowest: .venv-lowest/.tools  ## all tests with the lowest versions of the requirements, on Python 3.11
-	@if [ -x $(LOWEST) ]; then $(LOWEST) -m pytest -n 2 --dist loadfile; else echo "test-lowest is skipped: no Python 3.11 here"; fi
+	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST); else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-test-newest: .venv-newest/.tools  ## the quick tests and the demo with the newest versions, on Python 3.13 (else 3.12)
+test-newest: .venv-newest/.tools  ## `make test`, the optimised comparisons and the demo with the newest versions, on Python 3.13 (else 3.12)
 	@if [ -x $(NEWEST) ]; then \
-		$(NEWEST) -m pytest -n 2 --dist loadfile -m "not slow" && $(NEWEST) main.py --config configs/demo.py --workdir .venv-newest/demo; \
+		$(NEWEST) $(PYTEST) -m "not slow" && $(call optimized,$(NEWEST)) && $(NEWEST) main.py --config configs/demo.py --workdir .venv-newest/demo; \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more

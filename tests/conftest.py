@@ -10,6 +10,11 @@ import pytest
 # Before JAX is first imported: eight simulated devices on the CPU, and no silent promotion of ranks.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most of the tests' time is compilation, which takes half as long without optimisations. With
+# VIT_JAX_TEST_OPTIMIZED=1 programs are compiled as users' are; CI runs the comparisons with the original so, too.
+NOT_OPTIMIZED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if os.environ.get("VIT_JAX_TEST_OPTIMIZED") != "1":
+    os.environ["XLA_FLAGS"] += NOT_OPTIMIZED
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # What one test compiled, another does not compile again; the folder goes with this process.
 _CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")

@@ -18,9 +18,8 @@ pytestmark = pytest.mark.slow
 
 def run(*arguments: str, workdir: Path) -> dict[str, float]:
     """The last line of metrics.jsonl of a run of main.py."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     command = [sys.executable, "main.py", *arguments, "--workdir", str(workdir)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 

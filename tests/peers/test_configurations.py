@@ -163,10 +163,11 @@ def test_huggingface_config_without_heads_means_the_default(transformers, torch,
 
 
 @pytest.mark.slow
-def test_no_stock_timm_vit_is_read_wrongly(timm, torch, tmp_path):
+@pytest.mark.parametrize("part", range(4))  # for test processes that share the work
+def test_no_stock_timm_vit_is_read_wrongly(timm, torch, tmp_path, part):
     """All architectures of timm's two modules with their own arguments, cut to one block and an image of 2×2 patches."""
     counts: Counter = Counter()
-    for name in timm.list_models(module=["vision_transformer", "vision_transformer_hybrid"]):
+    for name in timm.list_models(module=["vision_transformer", "vision_transformer_hybrid"])[part::4]:
         stride = int((re.search(r"_s(\d+)", name) or re.search(r"patch(\d+)", name) or re.search("()", name))[1] or 32)
         arguments = dict(depth=1, img_size=2 * stride, num_classes=7)
         described = timm.create_model(name, device="meta", **arguments)
@@ -188,4 +189,4 @@ def test_no_stock_timm_vit_is_read_wrongly(timm, torch, tmp_path):
         assert found != "wrong", name
         counts[found] += 1
     print(dict(counts))
-    assert counts["agrees"] + counts["differs as documented"] >= 30 and sum(counts.values()) >= 70
+    assert counts["agrees"] + counts["differs as documented"] >= 8 and sum(counts.values()) >= 18

@@ -68,8 +68,8 @@ def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_bit_equal(tmp_path):
-    """A sample; VIT_JAX_KILLS=200 runs the whole campaign."""
-    kills = os.environ.get("VIT_JAX_KILLS", "6")
+    """A sample; `make test-full` kills 12 times, VIT_JAX_KILLS=200 runs a whole campaign."""
+    kills = os.environ.get("VIT_JAX_KILLS", "4")
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), kills, str(tmp_path / "campaign")]
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

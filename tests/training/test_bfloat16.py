@@ -8,7 +8,6 @@ import pytest
 import vit_jax
 from vit_jax.config_files import read
 
-
 SEEDS = int(os.environ.get("VIT_JAX_SEEDS", "3"))  # `make test-full`: 5
 
 

@@ -164,6 +164,7 @@ def test_main_py_imports_without_running():
         (["--config.augment.flp=False"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
         (["--noconfig.augment.flp"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
         (["--config.flip=False"], "there is no field config.flip; the nearest: --config.augment.flip=True"),
+        (["--config.training.accumulation=2"], "config.training.accumulation is called config.training.grad_accum_steps now"),
         (["--config.zzz=1"], "there is no field config.zzz; --help lists all"),
         (["--config.training.steps=ten"], "config.training.steps=ten"),
         (["--config.augment.flip=maybe"], "config.augment.flip=maybe"),

@@ -160,6 +160,17 @@ def _foreign(name: str) -> str:
     return f"{short_repr(name)} is not part of Google's Vision Transformers" + (f", which have no {part}" if part else "")
 
 
+def _without_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the prefix "vit." → the name as it is; CheckpointError if two names become one."""
+    named: dict[str, str] = {}
+    for name in names:
+        short = name.removeprefix("vit.")
+        if short in named:
+            raise CheckpointError(f"{short_repr(named[short])} and {short_repr(name)} are names of the same tensor")
+        named[short] = name
+    return named
+
+
 def from_torch(tensors: Mapping[str, np.ndarray], num_heads: int | None = None, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Converts timm's or Hugging Face's tensors to a parameter tree.
 
@@ -175,12 +186,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], num_heads: int | None = None, 
       CheckpointError: if a tensor is missing, has a wrong shape or is not part of Google's models, such as register tokens,
         layer scale or a norm after pooling; the message names the tensor.
     """
-    named: dict[str, str] = {}  # without "vit." → as it is
-    for name in tensors:
-        short = name.removeprefix("vit.")
-        if short in named:
-            raise CheckpointError(f"{short_repr(named[short])} and {short_repr(name)} are names of the same tensor")
-        named[short] = name
+    named = _without_prefix(tensors)
     dialect = _dialect(named)
     found = [re.match(rf"{re.escape(_BLOCKS[dialect])}\.(\d{{1,4}})\.", name) for name in named]
     blocks = sorted({int(match[1]) for match in found if match})

@@ -17,8 +17,9 @@ demo: product  ## fine-tune the embedded ViT on the embedded images: offline, ab
 	@echo "  $(RUN) main.py --config configs/cifar100_b16.py"
 
 PYTEST = -m pytest -n 2 --dist worksteal
-# The comparisons with the original, compiled with XLA's optimisations as users' programs are; other tests do without.
-optimized = VIT_JAX_TEST_OPTIMIZED=1 $(1) $(PYTEST) tests/formats/test_oracles.py tests/training/test_step.py
+# The comparisons of numbers, compiled with XLA's optimisations as users' programs are; other tests do without.
+optimized = VIT_JAX_TEST_OPTIMIZED=1 $(1) $(PYTEST) tests/formats/test_oracles.py tests/training/test_step.py \
+	tests/training/test_devices.py tests/transforms tests/predict/test_classifier.py -m "not slow"
 
 test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m "not slow"

@@ -16,7 +16,7 @@ from vit_jax.files import whole_file
 _SECTIONS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 _COMPARED = (
     "model | px | batch |  | type | images/s | ms (quartiles) | TFLOP/s | our speed ÷ theirs (95 %) | MiB | XLA's plan, MiB",
-    "{model} | {size} | {slices} | {name} | {dtype} | {images_per_second:,.1f} | {ms:,.1f} | {tflops:.3g} | {ratio:.2f} "
+    "{model} | {size} | {microbatches} | {name} | {dtype} | {images_per_second:,.1f} | {ms:,.1f} | {tflops:.3g} | {ratio:.2f} "
     "| {memory:,.0f} | {planned:,.0f}",
 )
 # Part → title, headings, a row.
@@ -58,7 +58,7 @@ def _cells(row: Mapping[str, Any], template: str) -> str:
         shown["ms"] = dict(median=shown["ms"], low=1e3 * row["seconds_low"], high=1e3 * row["seconds_high"])
         shown |= {name: row[name] and row[name] / 2**20 for name in ("memory", "planned")}
         shown |= dict(tflops=row["flops_per_second"] / 1e12, model=row["model"] + ", remat" * row["remat"])
-        shown["slices"] = f"{row['batch']:,}" + (f" in {row['accumulation']}" if row["accumulation"] > 1 else "")
+        shown["microbatches"] = f"{row['batch']:,}" + (f" in {row['accumulation']}" if row["accumulation"] > 1 else "")
     return template.format_map({name: _Figure(value) for name, value in shown.items()})
 
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of oracles and real data, which is no part of the product: tests that need it are skipped where it is not."""
+    """The folder of oracles and real data, which is not part of the package; tests that need it are skipped without it."""
     folder = Path(os.environ.get("VIT_JAX_SHARED", ROOT / ".." / "shared"))
     if not (folder / "oracles").is_dir():
         pytest.skip(f"needs the shared folder of oracles; none at {folder} (set VIT_JAX_SHARED)")

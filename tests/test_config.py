@@ -248,3 +248,18 @@ def test_unresolved_auto_differs_from_no_value():
 def test_renamed_field_of_an_earlier_version_is_read():
     text = to_json(Config()).replace("grad_accum_steps", "accumulation")
     assert '"accumulation": 1' in text and from_json(text, "x") == Config()
+
+
+def test_both_names_of_a_renamed_field_must_agree():
+    text = to_json(Config()).replace('"grad_accum_steps": 1', '"grad_accum_steps": 1, "accumulation": 2')
+    with pytest.raises(ConfigError, match=r"x: training\.accumulation and training\.grad_accum_steps are the same field"):
+        from_json(text, "x")
+
+
+def test_renamed_field_in_a_python_file_is_named(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "from vit_jax import Config\n\n\ndef get_config():\n"
+        "    config = Config()\n    config.training.accumulation = 2\n    return config\n"
+    )
+    with pytest.raises(ConfigError, match=r"training\.accumulation is called training\.grad_accum_steps now"):
+        read(str(tmp_path / "a.py"))

@@ -166,3 +166,15 @@ def test_cache_of_an_unknown_user_is_an_error_that_names_the_variable(monkeypatc
     monkeypatch.setenv(name, "~no-such-user/x")
     with pytest.raises(UserError, match=f"^{name}='~no-such-user/x': the user '~no-such-user' does not exist"):
         cache_root()
+
+
+def test_cache_without_a_home_directory_is_an_error_of_the_system(monkeypatch):
+    for name in ("VIT_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(OSError, match="the home directory is not known: set HOME or VIT_JAX_CACHE"):
+        cache_root()

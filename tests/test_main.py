@@ -42,6 +42,14 @@ def process(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def test_full_disk_and_closed_pipe_give_no_traceback():
+    for shell, status in ((">/dev/full", 1), ("| true; exit ${PIPESTATUS[0]}", 0)):
+        command = ["bash", "-c", f"{sys.executable} -u -m vit_jax --help {shell}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+        assert done.returncode == status or (status == 0 and done.returncode in (0, 141)), done.stderr
+
+
 def test_help_lists_every_command(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -159,8 +167,8 @@ def test_main_py_imports_without_running():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config.augment.flip", "False"], "stray argument 'False'; values are given with ="),
-        (["train"], "stray argument 'train'"),
+        (["--config.augment.flip", "False"], "unexpected argument 'False'; values are given with ="),
+        (["train"], "unexpected argument 'train'"),
         (["--config.augment.flp=False"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
         (["--noconfig.augment.flp"], "there is no field config.augment.flp; the nearest: --config.augment.flip=True"),
         (["--config.flip=False"], "there is no field config.flip; the nearest: --config.augment.flip=True"),

@@ -151,6 +151,24 @@ def test_programs_unused_for_30_days_are_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["kept", "used"]
 
 
+def test_folders_of_the_earlier_cache_are_removed_after_30_days(tmp_path):
+    old, new = tmp_path / "process-old", tmp_path / "process-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "entry").write_bytes(b"program")
+    os.utime(old, (1, 1))
+    runtime._ProgramCache(tmp_path)
+    assert not old.exists() and new.exists()
+
+
+def test_another_version_of_jax_without_this_cache_is_an_error(tmp_path, monkeypatch):
+    from jax._src import compilation_cache
+
+    monkeypatch.delattr(compilation_cache, "_cache")
+    with pytest.raises(AttributeError, match="keeps its cache elsewhere"):  # which `prepare` turns into a warning
+        runtime._use_cache(tmp_path)
+
+
 def test_user_cache_setting_is_respected(tmp_path):
     found, _ = start(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
     assert found["folder"] == str(tmp_path / "theirs") and not (tmp_path / "ours").exists()

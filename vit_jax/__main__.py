@@ -23,7 +23,7 @@ def console() -> NoReturn:
     from vit_jax import cli
 
     program = "python -m vit_jax" if sys.argv[0].endswith("__main__.py") else "vit_jax"
-    cli.run(lambda: main(sys.argv[1:], program))
+    cli.run(lambda: cli.call(lambda: main(sys.argv[1:], program)))
 
 
 def main(argv: list[str], program: str = "vit_jax") -> int:

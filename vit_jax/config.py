@@ -19,13 +19,15 @@ AUTO = "auto"  # of a field that a run resolves when it begins, and writes out t
 class Model:
     """What is trained."""
 
-    checkpoint: str = ""  # weights to start from: a published name or a file in one of Google's npz forms; "": random weights
+    checkpoint: str = (
+        ""  # weights to start from: a published name, a file (npz, safetensors) or a run's folder; "": random weights
+    )
     variant: str = ""  # without a checkpoint, a row of vit_jax.models.variants.VARIANTS, such as "B/16"
     keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
     dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
-    attention: str = "auto"  # what computes it; "cudnn" needs bfloat16; "auto": cuDNN if a trial run agrees with XLA
+    attention: str = "auto"  # implementation of attention; "cudnn" needs bfloat16; "auto": cuDNN if a trial run agrees with XLA
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,7 +45,7 @@ class Data:
 class Augment:
     """What happens to a training image before it is resized to the model's size."""
 
-    crop: str = "torchvision"  # whose distribution of crop boxes is drawn from
+    crop: str = "torchvision"  # crop distribution of torchvision or TensorFlow, or no crop
     crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest fraction of the image's area
     flip: bool = True  # mirror half of the images left to right
 
@@ -53,14 +55,14 @@ class Optimizer:
     """How gradients become updates."""
 
     name: str = "sgd"  # "sgd" with momentum, or "adamw"
-    learning_rate: float = 0.03  # the highest of the schedule
+    learning_rate: float = 0.03  # peak learning rate
     warmup_steps: int = 0  # the rate rises linearly from 0 for this many updates; fewer than training.steps
     decay: str = "cosine"  # after the warm-up: "cosine" to 0 or "linear" to 1e-5; the last update is one step before that end
     momentum: float = 0.9  # of SGD; b1 of AdamW
     b2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # on kernels only; SGD adds it to the gradient, AdamW to the update
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: not clipped
-    accumulator_dtype: str = "bfloat16"  # of the momentum between steps
+    accumulator_dtype: str = "bfloat16"  # type in which the momentum is stored
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,7 +98,7 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     training: Training = dataclasses.field(default_factory=Training)
     run: Run = dataclasses.field(default_factory=Run)
-    seed: int = 0  # of every random draw of the run; below 2**32
+    seed: int = 0  # seed of all random numbers; below 2**32
 
 
 CHOICES = {
@@ -163,7 +165,7 @@ def shown(value: Any) -> str:
 def check(config: Config) -> None:
     """Raises ConfigError if a value has the wrong type or is out of range, and if fields contradict each other.
 
-    What needs the data set, the checkpoint or the devices to be seen is checked where those are opened.
+    Checks that need the data set, the checkpoint or the devices are made when those are opened.
     """
     for section in dataclasses.fields(config):
         value, kind = getattr(config, section.name), section.type
@@ -217,7 +219,7 @@ def check(config: Config) -> None:
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of fields that differ and change the numbers: all but those of `run`. "auto" differs from no value."""
+    """Names of fields that differ and change the numbers: all but those of `run`. "auto" equals every value."""
     ours, theirs = fields(a), fields(b)
 
     def differs(ours: Any, theirs: Any) -> bool:

@@ -18,10 +18,6 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def _current_name(prefix: str, name: Any) -> Any:
-    return RENAMED.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix) if isinstance(name, str) else name
-
-
 def from_json(text: str, source: str) -> Config:
     """The configuration that `to_json` wrote; the ConfigError for any other text names `source`."""
 
@@ -29,7 +25,11 @@ def from_json(text: str, source: str) -> Config:
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the whole file'} must be an object, got {shown(values)}")
         known = {field.name: field for field in dataclasses.fields(kind)}
-        values = {_current_name(prefix, name): value for name, value in values.items()}
+        for old, new in RENAMED.items():
+            if prefix and old.startswith(prefix) and old.removeprefix(prefix) in values:
+                value = values.pop(old.removeprefix(prefix))
+                if values.setdefault(new.removeprefix(prefix), value) != value:
+                    raise ConfigError(f"{source}: {old} and {new} are the same field and have different values")
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"{source}: there is no field {prefix}{unknown[0]}; there are {', '.join(known)}")
         made = {}
@@ -88,7 +88,10 @@ def read(source: str) -> Config:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{path} gives no configuration: {type(error).__name__}: {reason(error)}") from error
+        renamed = [f"; {old} is called {new} now" for old, new in RENAMED.items() if f"'{old.split('.')[-1]}'" in str(error)]
+        raise ConfigError(
+            f"{path} gives no configuration: {type(error).__name__}: {reason(error)}{''.join(renamed)}"
+        ) from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}, not a vit_jax.Config")
     return config

@@ -176,9 +176,13 @@ def cache_root() -> Path:
 
     Raises:
       UserError: if the variable names the home of a user who does not exist.
+      OSError: if there is neither a variable nor a home directory.
     """
     if root := os.environ.get("VIT_JAX_CACHE"):
         return expand_user(root, "VIT_JAX_CACHE")
     if root := os.environ.get("XDG_CACHE_HOME"):
         return expand_user(root, "XDG_CACHE_HOME") / "vit_jax"
-    return expand_user("~/.cache", "HOME") / "vit_jax"
+    try:
+        return Path.home() / ".cache" / "vit_jax"
+    except RuntimeError:
+        raise OSError("the home directory is not known: set HOME or VIT_JAX_CACHE") from None

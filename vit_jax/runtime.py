@@ -48,7 +48,7 @@ def prepare() -> None:
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         try:
             _use_cache(cache_root() / "programs" / _processor())
-        except OSError as error:
+        except (OSError, ImportError, AttributeError) as error:  # also another version of JAX, whose cache is not public
             _warn_of_cache(reason(error))
 
 
@@ -107,7 +107,7 @@ class _ProgramCache:
         for entry in folder.iterdir():
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat().st_mtime > _DAYS * 24 * 3600:
-                    entry.unlink()
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()  # earlier versions made folders
 
     def get(self, key: str) -> bytes | None:
         """The program with this key, or None."""
@@ -136,6 +136,8 @@ def _use_cache(folder: Path) -> None:
     from jax._src import compilation_cache  # JAX has no public function that takes a cache
 
     cache: Any = _ProgramCache(folder)
+    if not hasattr(compilation_cache, "_cache"):
+        raise AttributeError("this version of JAX keeps its cache elsewhere")
     compilation_cache.reset_cache()
     compilation_cache._cache = cache
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -67,10 +67,12 @@ class Start:
         self.status: int | None = None
 
     def _train(self, config: Path, workdir: Path) -> None:
+        from vit_jax import runtime
         from vit_jax.config_files import read
         from vit_jax.training import loop
 
         def train() -> int:
+            runtime.prepare()  # as main.py does; here, because the process that forks must not touch JAX
             result = loop.train(read(str(config)), workdir)
             return 0 if result.finished else 128 + result.signal
 

@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             peer.add_argument("--original", required=True, help="a checkout of github.com/google-research/vision_transformer")
             peer.add_argument("--geometry", required=True, help="the fields of our VisionTransformer, as JSON")
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything lies in the folder
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are in the folder
     name = arguments.peer
     try:
         with np.load(arguments.images) as file:

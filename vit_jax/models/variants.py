@@ -76,7 +76,7 @@ def build(name: str, **fields: Any) -> VisionTransformer:
 
 
 def name_of(model: VisionTransformer) -> str | None:
-    """The row of VARIANTS that a model's sizes are, whatever its head; None if there is none."""
+    """The name of the variant with a model's sizes, with any head; None if there is none."""
     if model.resnet is not None and model.resnet_width != 64:
         return None
     return next((name for name, row in VARIANTS.items() if all(getattr(model, key) == row[key] for key in row)), None)

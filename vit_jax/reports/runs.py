@@ -257,7 +257,9 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise ReportError(f"{path}: no such folder; give the folder of a run, such as runs/demo")
     if not file.is_file():
-        raise ReportError(f"{path}: not the folder of a run, because it has no config.json; give one that main.py has written")
+        raise ReportError(
+            f"{path}: not the folder of a run, because it has no config.json; give a folder that a run has written"
+        )
     try:
         config = from_json(file.read_text(errors="replace"), str(file))
         check(config)

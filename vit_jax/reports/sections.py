@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from vit_jax.data import batches
 from vit_jax.errors import ReportError, printable
 from vit_jax.models.intermediates import attention_maps, attention_rollout
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.reports import attention, curves, figures
 from vit_jax.reports.analysis import softmax
 from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
@@ -245,7 +245,7 @@ def _superclass_accuracy(run: Run, logits: np.ndarray, labels: np.ndarray) -> It
 
 def _statistics(run: Run) -> tuple[Any, Any]:
     """Returns the channel means and deviations that the run scales images with, of values in [0, 1]."""
-    return (run.task.mean, run.task.std) if run.config.data.normalization == "dataset" else ((0.5,) * 3, (0.5,) * 3)
+    return (run.task.mean, run.task.std) if run.config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
 
 
 def _displayable(images: Any, run: Run) -> np.ndarray:

@@ -126,7 +126,9 @@ def open_splits(config: Config, row: Task) -> tuple[Source, Source]:
     try:
         return splits.open_splits(row, config.data.train_split, config.data.test_split, config.run.data_dir)
     except OSError as error:  # no permission
-        raise ConfigError(f"run.data_dir = {config.run.data_dir!r}: {row.name} cannot be prepared there ({error})") from None
+        raise ConfigError(
+            f"run.data_dir = {config.run.data_dir!r}: {row.name} cannot be read or prepared there ({error})"
+        ) from None
 
 
 def _replace_model(config: Config, **fields: Any) -> Config:

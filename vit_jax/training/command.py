@@ -146,7 +146,7 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         cause = error.__context__ if isinstance(error.__context__, ConfigError) else error
         raise ConfigError(" ".join(str(cause).split())) from None
     if len(rest) > 1:
-        raise ConfigError(f"stray argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
+        raise ConfigError(f"unexpected argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
     if not (values["config"].present or values.help):
         raise ConfigError(f"name a configuration, as in {argv[0]} --config demo")
     if values.dry_run and values.eval_only:

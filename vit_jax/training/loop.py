@@ -30,7 +30,7 @@ class Result:
 
 
 def train(config: Config, workdir: str | os.PathLike) -> Result:
-    """Runs a configuration in a working directory, or goes on with what an earlier start left there.
+    """Runs a configuration in a working directory, or resumes the run that is there.
 
     Leaves config.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints/, best.npz, final.npz (each with a
     JSON of the same name) and predictions.npz (logits float32 [N, classes] and labels int32 [N] of the last evaluation).
@@ -115,7 +115,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         config = check_workdir(workdir, config)
     elif not config.model.checkpoint:
         raise ConfigError(f"there is nothing to evaluate: no state in {workdir}, and model.checkpoint is not set")
-    else:  # the checkpoint's own head answers
+    else:  # the checkpoint's own head is evaluated
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head="true"))
     layout = devices.start(config.run)
     parts = assemble(config, layout, saved=restore.newest_record(states) if has_state else None)

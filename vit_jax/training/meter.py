@@ -13,7 +13,7 @@ class Meter:
     """Holds the metrics of the step that was dispatched last until they are read.
 
     A step's time runs from the end of the step before it, or from the last `restart`, to its own end. The first step has no
-    speed, because its time is the compiler's.
+    speed, because its time includes compilation.
     """
 
     def __init__(self, rate: Callable[[int], float], batch_size: int, start: int):

@@ -31,7 +31,7 @@ def evaluate(parts: Parts, params: Any, step: int, workdir: Path | None = None) 
 
 
 def complete(parts: Parts, params: Any, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
-    """The metrics of the last evaluation of a run that stands at `step`.
+    """The metrics of the last evaluation of a run that is at `step`.
 
     A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation.
     """

@@ -119,8 +119,8 @@ class Saver:
         if isinstance(error, TrainingError):
             return error
         return TrainingError(
-            f"saving in {self._workdir} failed ({reason(error, 300)}). The states saved before are as they were; free some "
-            "space and give the same command again to go on from the last one"
+            f"saving in {self._workdir} failed ({reason(error, 300)}). Earlier states are unchanged; free some space "
+            "and give the same command again to continue"
         )
 
     def _write_best(self) -> None:

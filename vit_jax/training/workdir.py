@@ -17,6 +17,7 @@ from vit_jax.config import AUTO, Config, difference
 from vit_jax.config_files import from_json, to_json
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import locked, remove_scratch, whole_file
+from vit_jax.metrics import FILE as METRICS
 
 _CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # files of a start that was killed at once
 _RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run resolves when it begins
@@ -24,7 +25,7 @@ _RESOLVED = ("dtype", "attention", "keep_head")  # fields of `model` that a run 
 
 def has_progress(workdir: Path) -> bool:
     """Whether a run in the folder has made a step; before that, another configuration may replace its own."""
-    metrics, states = workdir / "metrics.jsonl", workdir / "checkpoints"
+    metrics, states = workdir / METRICS, workdir / "checkpoints"
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
         or (states.is_dir() and any(path.name.isdecimal() for path in states.iterdir()))
@@ -61,7 +62,15 @@ def _advice(workdir: Path, config: Config, names: list[str]) -> str:
     text = ", ".join(names)
     if names == ["training.steps"] and (workdir / "final.npz").exists():
         steps = config.training.steps
-        command = ["python", "main.py", "--config", str(workdir / "config.json"), f"--config.training.steps={steps}"]
+        command = [
+            "python",
+            "-m",
+            "vit_jax",
+            "train",
+            "--config",
+            str(workdir / "config.json"),
+            f"--config.training.steps={steps}",
+        ]
         command += [f"--config.model.checkpoint={workdir}"] + (["--config.model.variant="] if config.model.variant else [])
         command += ["--workdir", f"{workdir}-{steps}"]
         return f"{text}. That run is finished; to train longer, start a new run from its weights: {shlex.join(command)}"

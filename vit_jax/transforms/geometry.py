@@ -20,11 +20,11 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Resizes as `tf.image.resize` of TF 2 does by default: bilinear, half-pixel centres, no antialiasing, no rounding.
 
     Args:
-        images: [B, H, W, C], any real type; images are uint8.
-        size: of the result, in pixels: one number for a square, or (height, width). The aspect ratio is not kept.
+      images: [B, H, W, C], any real type; images are uint8.
+      size: of the result, in pixels: one number for a square, or (height, width). The aspect ratio is not kept.
 
     Returns:
-        float32 [B, height, width, C] in the range of the input.
+      float32 [B, height, width, C] in the range of the input.
     """
     out_height, out_width = _pair(size)
     _, height, width, _ = images.shape
@@ -38,18 +38,18 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]
     `jax.image.scale_and_translate` lets neighbours bleed in.
 
     Args:
-        images: [B, H, W, C], any real type; images are uint8.
-        boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the image and not empty.
-        size: of the result, in pixels: one number for a square, or (height, width).
-        flip: bool [B], which images to mirror; None: none of them.
+      images: [B, H, W, C], any real type; images are uint8.
+      boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the image and not empty.
+      size: of the result, in pixels: one number for a square, or (height, width).
+      flip: bool [B], which images to mirror; None: none of them.
 
     Returns:
-        float32 [B, height, width, C] in the range of the input.
+      float32 [B, height, width, C] in the range of the input.
     """
     out_height, out_width = _pair(size)
     batch, height, width, _ = images.shape
     if boxes.shape != (batch, 4):
-        raise ValueError(f"boxes has shape {boxes.shape}; {batch} images need ({batch}, 4): top, left, height, width.")
+        raise ValueError(f"boxes has shape {boxes.shape}; {batch} images need ({batch}, 4): top, left, height, width")
     top, left, box_height, box_width = boxes.T
     rows = jax.vmap(lambda start, extent: _weights(start, extent, height, out_height))(top, box_height)
     columns = jax.vmap(lambda start, extent: _weights(start, extent, width, out_width))(left, box_width)
@@ -70,17 +70,17 @@ def random_boxes(
     small crops are more frequent. All attempts are drawn at once and the first that fits is taken.
 
     Args:
-        keys: typed keys [B], one an image, so that a box does not depend on which others share its batch.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-        distribution: "torchvision" or "tensorflow".
-        area: least and largest fraction of the image's area, 0 < least <= largest <= 1.
+      keys: typed keys [B], one an image, so that a box does not depend on which others share its batch.
+      height: of the images, in pixels.
+      width: of the images, in pixels.
+      distribution: "torchvision" or "tensorflow".
+      area: least and largest fraction of the image's area, 0 < least <= largest <= 1.
 
     Returns:
-        int32 [B, 4], (top, left, height, width): whole pixels inside the image.
+      int32 [B, 4], (top, left, height, width): whole pixels inside the image.
 
     Raises:
-        ValueError: an unknown distribution, or an area out of range.
+      ValueError: an unknown distribution, or an area out of range.
     """
     if distribution not in _DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(_DISTRIBUTIONS)}.")

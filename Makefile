@@ -17,29 +17,27 @@ demo: product  ## fine-tune the embedded ViT on the embedded images: offline, ab
 	@echo "  $(RUN) main.py --config configs/cifar100_b16.py"
 
 PYTEST = -m pytest -n 2 --dist worksteal
-# The comparisons of numbers, compiled with XLA's optimisations as users' programs are; other tests do without.
-optimized = VIT_JAX_TEST_OPTIMIZED=1 $(1) $(PYTEST) tests/formats/test_oracles.py tests/training/test_step.py \
-	tests/training/test_devices.py tests/transforms tests/predict/test_classifier.py -m "not slow"
+# Tests compile without XLA's optimisations, which halves their time; with this they compile as users' programs are.
+OPTIMIZED = VIT_JAX_TEST_OPTIMIZED=1
 
 test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m "not slow"
 
-test-full: tools  ## all tests, with samples in full size: damaged files, kills, seeds
-	VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 $(RUN) $(PYTEST)
-	$(call optimized,$(RUN))
+test-full: tools  ## all tests, optimised, with samples in full size: damaged files, kills, seeds
+	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 $(RUN) $(PYTEST)
 
 LOWEST := .venv-lowest/bin/python
 test-lowest: .venv-lowest/.tools  ## all tests with the lowest versions of the requirements, on Python 3.11
 	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST); else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-test-newest: .venv-newest/.tools  ## `make test`, the optimised comparisons and the demo with the newest versions, on Python 3.13 (else 3.12)
+test-newest: .venv-newest/.tools  ## `make test`, optimised, and the demo with the newest versions, on Python 3.13 (else 3.12)
 	@if [ -x $(NEWEST) ]; then \
-		$(NEWEST) $(PYTEST) -m "not slow" && $(call optimized,$(NEWEST)) && $(NEWEST) main.py --config configs/demo.py --workdir .venv-newest/demo; \
+		$(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not slow" && $(NEWEST) main.py --config configs/demo.py --workdir .venv-newest/demo; \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
-	$(RUN) -m pytest tests/peers tests/benchmarks/test_peer_process.py
+	$(RUN) $(PYTEST) tests/peers tests/benchmarks/test_peer_process.py
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .

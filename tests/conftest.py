@@ -11,7 +11,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # Most of the tests' time is compilation, which takes half as long without optimisations. With
-# VIT_JAX_TEST_OPTIMIZED=1 programs are compiled as users' are; CI runs the comparisons with the original so, too.
+# VIT_JAX_TEST_OPTIMIZED=1 they are compiled as users' programs are; CI does so on one of its two versions of Python.
 NOT_OPTIMIZED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if os.environ.get("VIT_JAX_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += NOT_OPTIMIZED

@@ -97,7 +97,7 @@ def test_more_steps_of_a_finished_run_are_answered_with_a_command(tmp_path):
     (folder / "final.npz").touch()
     with pytest.raises(ConfigError, match="start a new run from its weights: python -m vit_jax train") as error:
         check_workdir(folder, config)
-    assert shlex.split(str(error.value).split("weights: ")[1])[2:] == [
+    assert shlex.split(str(error.value).split("weights: ")[1])[4:] == [
         *("--config", f"{folder}/config.json", "--config.training.steps=3000", f"--config.model.checkpoint={folder}"),
         *("--config.model.variant=", "--workdir", f"{folder}-3000"),
     ]

@@ -197,7 +197,7 @@ def campaign(kills: int, folder: Path, seed: int) -> dict:
             failures.append(f"{workdir.name}: a traceback or a damaged file")
         if not any(failure.startswith(f"{workdir.name}:") for failure in failures):
             shutil.rmtree(workdir)
-        print(f"{sum(sent.values())} kills, {runs} runs, {len(failures)} failures", file=sys.stderr, flush=True)
+        print(f"{sum(sent.values())} kills, {runs} runs, failures: {failures}", file=sys.stderr, flush=True)
     return {"kills": sum(sent.values()), "runs": runs, "signals": sent, "moments": moments, "failures": failures}
 
 

@@ -156,7 +156,8 @@ def kill(start: Start, workdir: Path, duration: float, draw: random.Random) -> t
         start.send(signal.SIGKILL)
         start.wait(lambda: False)
         return how, "did not end"
-    allowed = {"KILL": {-9}, "STOP KILL": {-9}, "TERM": {143}, "INT": {130}, "TERM TERM": {143}}[how]
+    # Before its handlers are set, a signal ends a process by itself, which a shell reports as the same status.
+    allowed = {"KILL": {-9}, "STOP KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2}, "TERM TERM": {143, -15}}[how]
     return how, moment if start.status in allowed | {0} else f"status {start.status}"
 
 

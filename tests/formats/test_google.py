@@ -9,37 +9,8 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import CheckpointError
 from vit_jax.formats.google import form, read_meta, read_npz, save_npz
-from vit_jax.models.variants import build, shapes
 
-
-@pytest.fixture(scope="module")
-def tree():
-    """A small hybrid with pre_logits, every leaf random, under the published names."""
-    model = build(
-        "R26+S/32", hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32, resnet=(1,), resnet_width=32,
-        num_classes=3, representation_size=8,
-    )  # fmt: skip
-    draw = np.random.default_rng(0)
-    flat = flatten_dict(shapes(model, 16), sep="/")
-    return {name: draw.normal(size=leaf.shape).astype(np.float32) for name, leaf in flat.items()}
-
-
-def rename(name: str) -> str:
-    for published, linen in (
-        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
-        ("LayerNorm_2", "LayerNorm_1"),
-        ("MlpBlock_3", "MlpBlock_0"),
-    ):
-        name = name.replace(published, linen)
-    return name
-
-
-def published(tree):
-    return {name: leaf.reshape(1, 1, 1, -1) if "/gn" in f"/{name}" else leaf for name, leaf in tree.items()}
-
-
-def linen(tree):
-    return {rename(name): leaf for name, leaf in tree.items()}
+from .conftest import linen, published
 
 
 def scan_stacked(tree):

@@ -58,3 +58,17 @@ def source_of():
         return Images(draw.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8), draw.integers(0, 10, n).astype(np.int32))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def module_tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def uninterrupted(config, module_tmp):
+    """A run of 12 steps, made once, and its result."""
+    workdir = module_tmp / "uninterrupted"
+    from vit_jax.training import loop
+
+    return workdir, loop.train(config, workdir)

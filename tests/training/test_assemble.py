@@ -16,18 +16,6 @@ from vit_jax.training.assemble import assemble
 from vit_jax.training.guard import Guard
 
 
-@pytest.fixture(scope="module")
-def module_tmp(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def uninterrupted(config, module_tmp):
-    """A run of 12 steps, made once, and what it came to."""
-    workdir = module_tmp / "uninterrupted"
-    return workdir, loop.train(config, workdir)
-
-
 def logits(path):
     with np.load(path) as file:
         return file["logits"].tobytes()

@@ -54,18 +54,6 @@ def boards(workdir):
     return shown
 
 
-@pytest.fixture(scope="module")
-def module_tmp(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def uninterrupted(config, module_tmp):
-    """A run of 12 steps, made once, and what it came to."""
-    workdir = module_tmp / "uninterrupted"
-    return workdir, loop.train(config, workdir)
-
-
 def test_run_leaves_the_documented_files(uninterrupted, config):
     workdir, result = uninterrupted
     assert {path.name for path in workdir.iterdir()} - {".lock"} == {

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax import images
 from vit_jax.errors import ImageError
-from vit_jax.predict import images
 from vit_jax.predict.__main__ import _DRAWN_SIZE, main
 
 from .conftest import NAMES, save

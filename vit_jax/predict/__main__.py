@@ -14,8 +14,8 @@ from vit_jax import cli
 from vit_jax.errors import ImageError, printable
 
 if TYPE_CHECKING:  # slow imports are in functions that `cli.call` calls, because it handles Ctrl-C
+    from vit_jax.images import Source
     from vit_jax.predict.classifier import Classifier, Result
-    from vit_jax.predict.images import Source
 
 _MAX_DRAWN = 64  # images whose attention fits in one figure
 _DRAWN_SIZE = 398  # pixels of the longer side of a drawn image
@@ -88,7 +88,7 @@ def _png(text: str) -> Path:
 
 def _named_sources(argument: str) -> list[tuple[str, Source]]:
     """The name and the source of each image that an argument of the command line means."""
-    from vit_jax.predict.images import fetch, image_files, is_address
+    from vit_jax.images import fetch, image_files, is_address
 
     if argument == "-":
         return [("standard input", _read_stdin)]
@@ -99,7 +99,7 @@ def _named_sources(argument: str) -> list[tuple[str, Source]]:
 
 
 def _read_stdin() -> bytes:
-    from vit_jax.predict.images import MAX_BYTES
+    from vit_jax.images import MAX_BYTES
 
     if sys.stdin is None:
         raise ImageError("standard input is closed")
@@ -150,7 +150,7 @@ def _draw_attention(path: Path, classify: Classifier, drawn: list[tuple[str, Sou
     import numpy as np
 
     from vit_jax.files import whole_file
-    from vit_jax.predict.images import open_image
+    from vit_jax.images import open_image
     from vit_jax.reports import figures
 
     views: Any = []

@@ -15,9 +15,9 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.errors import CheckpointError, ImageError, printable
 from vit_jax.formats.meta import image_size, statistics
+from vit_jax.images import Source, read_image
 from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.variants import patches
-from vit_jax.predict.images import Source, read_image
 from vit_jax.predict.names import class_names, is_published
 from vit_jax.runtime import compiler_options
 from vit_jax.transforms.preprocess import scale
@@ -33,7 +33,7 @@ class Classifier:
 
     The probabilities are those of a run's evaluation, up to rounding: images are resized to the model's size without
     antialiasing and scaled as the JSON next to the weights says. Without such a JSON, Google's scaling is assumed; a warning
-    is logged unless the weights are published ones. `predict.images` describes colours, orientation and very large images.
+    is logged unless the weights are published ones. `vit_jax.images` describes colours, orientation and very large images.
 
     An image is a path, an http(s) address, the bytes of a file, a PIL image, or a uint8 array [H, W, 3], [H, W] (grey) or
     [H, W, 4] (with transparency). The methods take one image, a batch [B, H, W, 3], or a list of these, of any sizes.

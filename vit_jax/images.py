@@ -5,6 +5,7 @@ or more, that would pick a few of its pixels and show noise. So blocks of pixels
 three times as long.
 """
 
+import contextlib
 import io
 import os
 import threading
@@ -124,6 +125,22 @@ def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be read ({reason(root_cause(error))})") from None
 
 
+def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns (height, width) of an image file as it is shown, in pixels, and decodes it completely, to find damage.
+
+    Raises:
+      ImageError: as `open_image`.
+    """
+    name = os.fspath(path)
+    open_image(path, (32, 32), name)  # at a fraction of its size, which needs less memory
+    with Image.open(path, formats=_formats()) as image:
+        width, height = image.size
+        turned = False
+        with contextlib.suppress(Exception):  # damaged data raise errors of many types
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
 def fetch(address: str) -> bytes:
     """Downloads an image from an http(s) address.
 
@@ -151,12 +168,17 @@ def _open_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
         raise ImageError(f"{name} is not a regular file")  # reading a pipe could wait for ever
     if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
         raise ImageError(f"{name} is empty")
-    Image.init()
-    formats = [kind for kind in _FORMATS if kind in Image.OPEN]  # a Pillow may be built without some of them
+    formats = _formats()
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     if _is_decoded_when_opened(source):
         return _large_images.submit(_decode, file, formats, size, name).result()
     return _decode(file, formats, size, name, move_large=True)
+
+
+def _formats() -> list[str]:
+    """The formats that are read; a Pillow may be built without some of them."""
+    Image.init()
+    return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
 def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, move_large: bool = False) -> Image.Image:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax import images
 from vit_jax.errors import ImageError
-from vit_jax.predict import images
-from vit_jax.predict.images import fetch, image_files, open_image, read_image, resize
+from vit_jax.images import fetch, image_files, open_image, read_image, resize
 from vit_jax.transforms import geometry
 
 TOO_LARGE = r"has more than 89,478,485 pixels \(PIL.Image.MAX_IMAGE_PIXELS\): make it smaller, or raise the limit"

@@ -34,7 +34,8 @@ class Model:
 class Data:
     """What it is trained and tested on."""
 
-    task: str = "cifar100"  # a row of vit_jax.data.tasks.TASKS
+    task: str = "cifar100"  # a name of `vit_jax data list`, or own images: "folder:PATH" or "csv:FILE"
+    on_error: str = "raise"  # own images that cannot be read: an error, or "skip" to leave them out and count them
     train_split: str = ""  # in TFDS's language, such as "train[:98%]"; "": the task's training split
     test_split: str = ""  # the split that is evaluated, in TFDS's language; "": the task's test split
     image_size: int = 224  # pixels, height and width of the model's input
@@ -106,6 +107,7 @@ CHOICES = {
     "model.keep_head": (AUTO, "true", "false"),
     "model.attention": (AUTO, "xla", "cudnn"),
     "data.normalization": ("google", "dataset"),
+    "data.on_error": ("raise", "skip"),
     "augment.crop": ("torchvision", "tensorflow", "none"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.decay": ("cosine", "linear"),

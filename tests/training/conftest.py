@@ -36,6 +36,8 @@ def config(tiny_checkpoint):
 class Images:
     """A Source of arrays in memory."""
 
+    sizes = None
+
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels
         self.nbytes, self.image_shape = images.nbytes, images.shape[1:]

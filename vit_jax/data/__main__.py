@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import cli
-from vit_jax.data.tasks import TASKS, find_prepared, task
+from vit_jax.data.tasks import OWN_IMAGES, TASKS, find_prepared, task
 from vit_jax.errors import DataError, printable
 
 _GRID = (10, 10)  # the most rows (classes) and columns (images of a class) that `show` draws
@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None, program: str = "python -m vit_jax.data")
     showing = commands.add_parser(
         "show", parents=[directory], help="print splits, counts and classes of a prepared task; draw its images"
     )
-    showing.add_argument("name", help="name of the task")
+    showing.add_argument("name", help="name of the task, or own images: folder:PATH or csv:FILE")
+    showing.add_argument(
+        "--on_error", choices=("raise", "skip"), default="raise", help="own images that cannot be read: an error, or left out"
+    )
     showing.add_argument(
         "--output", type=Path, metavar="FILE.png", help="write a grid of training images, a row for each class"
     )
@@ -47,29 +50,38 @@ def _run(args: argparse.Namespace) -> int:
     elif args.command == "prepare":
         from vit_jax.data.prepare import prepare
 
-        print(prepare(task(args.name), args.archive, args.data_dir))
+        row = task(args.name)
+        if row.kind != "tfds":
+            raise DataError(
+                f"{row.name} needs no preparation; train on it, or look at it: python -m vit_jax.data show {row.name}"
+            )
+        print(prepare(row, args.archive, args.data_dir))
     else:
-        _show(args.name, args.data_dir, args.output)
+        _show(args.name, args.data_dir, args.output, args.on_error)
     return 0
 
 
 def _list(data_dir: str) -> None:
     for row in TASKS.values():
         print(f"{row.name:18}{row.num_classes:5} classes   {find_prepared(row, data_dir) or 'not prepared'}")
+    print("Own images:", *OWN_IMAGES.values(), sep="\n  ")
 
 
-def _show(name: str, data_dir: str, output: Path | None) -> None:
+def _show(name: str, data_dir: str, output: Path | None, on_error: str) -> None:
     """Prints the sizes of the splits and the number of images of each class; writes a grid of training images to `output`."""
     from vit_jax.data.sources import open_split
 
     if output is not None and output.suffix != ".png":
         raise DataError(f"--output {output}: expected a name that ends in .png")
     row = task(name)
-    splits = {split: open_split(row, split, data_dir) for split in (row.train_split, row.test_split)}
-    print(find_prepared(row, data_dir))
+    splits = {split: open_split(row, split, data_dir, on_error=on_error) for split in (row.train_split, row.test_split)}
+    print(find_prepared(row, data_dir) if row.kind == "tfds" else Path(row.builder).resolve())
     for split, source in splits.items():
         height, width, _ = source.image_shape
-        print(f"{split:8}{len(source):8,} images of {height} x {width}, {source.nbytes / 1e6:.1f} MB as uint8")
+        sizes = f"images of {height} x {width}" if source.sizes is None else f"images, resized to {height} x {width}"
+        print(f"{split:8}{len(source):8,} {sizes}, {source.nbytes / 1e6:.1f} MB as uint8")
+    for skipped in splits[row.train_split].skipped:
+        print(f"left out: {skipped}")
     names = splits[row.train_split].class_names
     counts, examples = zip(*(_count(source) for source in splits.values()), strict=True)
     print(f"{f'{len(names)} classes':26}" + "".join(f"{split:>10}" for split in splits))

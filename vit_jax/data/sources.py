@@ -1,13 +1,18 @@
-"""Reading prepared TFDS data: a split as arrays, addressed by index."""
+"""Reading a split as arrays, addressed by index: of prepared TFDS data, or of the user's own images."""
 
+import functools
 import io
 import os
+import types
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from vit_jax.data import folders
 from vit_jax.data.tasks import NotPrepared, Task, data_root, find_prepared, prepare_command
-from vit_jax.errors import DataError, reason
+from vit_jax.errors import DataError, ImageError, reason
 
 __all__ = ["NotPrepared", "Source", "open_split"]
 
@@ -15,12 +20,15 @@ _BATCH = 1024  # records that are read at once; bounds the memory needed besides
 
 
 class Source:
-    """The images and labels of a split, addressed by index in the order in which TFDS stores them.
+    """The images and labels of a split, addressed by index in the order in which they are stored.
 
     Attributes:
       class_names: a name for each label.
-      image_shape: (height, width, 3) of every image.
+      image_shape: (height, width, 3) of every image that `take` returns.
       ranges: (file, first record, number of records) of each part of the split.
+      sizes: (height, width) in pixels of each image before it was resized to `image_shape`, int32 [len, 2]; None if no image
+        is resized.
+      skipped: "PATH (why)" of each image that was left out because it cannot be read.
     """
 
     def __init__(
@@ -30,11 +38,18 @@ class Source:
         class_names: list[str],
         image_shape: tuple[int, int, int],
         ranges: list[tuple[str, int, int]],
+        decode: Callable[..., np.ndarray] | None = None,
+        sizes: np.ndarray | None = None,
+        skipped: tuple[str, ...] = (),
     ):
-        """Wraps `records`, a `tfds.data_source` that leaves "image" encoded; errors call the source `where`."""
-        self.ranges = ranges
+        """Wraps `records`, whose "image" the function `decode` turns into pixels; errors call the source `where`.
+
+        Without `decode`, `records` is a `tfds.data_source` that leaves "image" encoded.
+        """
+        self.ranges, self.sizes, self.skipped = ranges, sizes, skipped
         self._records = records
         self._where = where
+        self._decode = decode
         self.class_names = class_names
         self.image_shape = image_shape
 
@@ -54,12 +69,13 @@ class Source:
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads the examples at `index`, integers [n] in [0, len), in that order; an index may occur several times.
 
-        Returns:
-          (images uint8 [n, height, width, 3], labels int32 [n]), both new arrays.
+          Returns:
+            (images uint8 [n, height, width, 3], labels int32 [n]), both new arrays.
 
-        Raises:
-          IndexError: if an index is out of range.
-          DataError: if a record cannot be read or its image has another shape.
+          Raises:
+            IndexError: if an index is out of range.
+            DataError: if a record cannot be read or its image has another shape.
+        ImageError: if the file of an image cannot be read any more.
         """
         index = np.asarray(index)
         if index.ndim != 1 or index.dtype.kind not in "iu":
@@ -71,16 +87,28 @@ class Source:
         for first in range(0, len(index), _BATCH):
             keys = index[first : first + _BATCH].tolist()
             try:
-                for row, example in enumerate(self._records.__getitems__(keys), first):
-                    images[row] = _decode(example["image"], self.image_shape)
-                    labels[row] = example["label"]
-            except ImportError:
+                examples = self._records.__getitems__(keys)
+                labels[first : first + _BATCH] = [example["label"] for example in examples]
+                for row, pixels in enumerate(self._pixels([example["image"] for example in examples]), first):
+                    images[row] = pixels
+            except (ImportError, ImageError):
                 raise
             except Exception as error:  # the type depends on the place of the damage
                 raise DataError(
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
         return images, labels
+
+    def _pixels(self, encoded: list[Any]) -> Iterable[np.ndarray]:
+        """The decoded images in order; files are decoded by several threads, because Pillow works outside Python's lock."""
+        if self._decode is None:
+            return map(functools.partial(_decode_png, shape=self.image_shape), encoded)
+        return _threads().map(functools.partial(self._decode, shape=self.image_shape), encoded)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1)), "decode")
 
 
 def shared_examples(a: Source, b: Source) -> int:
@@ -93,18 +121,24 @@ def shared_examples(a: Source, b: Source) -> int:
     )
 
 
-def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Source:
-    """Opens a split of a task's prepared data; never touches the network.
+def open_split(
+    task: Task, split: str, data_dir: str | os.PathLike = "", image_size: int = 224, on_error: str = "raise"
+) -> Source:
+    """Opens a split of a task's prepared data or of the user's own images; never touches the network.
 
     Args:
-      task: a row of TASKS.
+      task: as `vit_jax.data.tasks.task` returns it.
       split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
-      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`.
+      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`. Not used for own images.
+      image_size: of the model's images in pixels; own images of other sizes are held at up to twice this size.
+      on_error: what to do with own images that cannot be read: "raise", or "skip" to leave them out.
 
     Raises:
       NotPrepared: if the data are not there; the message names the command that prepares them.
       DataError: if the split does not exist or is empty, or if the data are damaged or other data than the task says.
     """
+    if task.kind != "tfds":
+        return _open_own(task, split, image_size, on_error)
     folder = find_prepared(task, data_dir)
     if folder is None:
         raise NotPrepared(
@@ -126,10 +160,7 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
     try:
         examples = info.splits[split].num_examples
     except Exception as error:  # KeyError, ValueError or AssertionError
-        raise DataError(
-            f"{task.name} has no split {split!r}: expected one of {', '.join(info.splits)}, a slice of one such as "
-            "'train[:98%]' within its bounds, or a sum of slices such as 'train+test'"
-        ) from error
+        raise _no_split(task, split, info.splits) from error
     if examples <= 0:
         raise DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
     label = info.features["label"]
@@ -151,7 +182,36 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike = "") -> Sour
     return Source(records, f"{folder} ({split})", names, shape, ranges)
 
 
-def _decode(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def _no_split(task: Task, split: str, names: Iterable[str]) -> DataError:
+    return DataError(
+        f"{task.name} has no split {split!r}: expected one of {', '.join(names)}, a slice of one such as 'train[:98%]' within "
+        "its bounds, or a sum of slices such as 'train+test'"
+    )
+
+
+def _open_own(task: Task, split: str, image_size: int, on_error: str) -> Source:
+    """Opens a split of a folder or a CSV file."""
+    import tensorflow_datasets as tfds
+
+    index = folders.index(task, on_error)
+    sizes = {name: types.SimpleNamespace(num_examples=len(part.labels)) for name, part in index.splits.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except Exception as error:  # ValueError or AssertionError
+        raise _no_split(task, split, index.splits) from error
+    chosen = [
+        (part.splitname, *slice(part.from_, part.to).indices(len(index.splits[part.splitname].labels))[:2]) for part in parts
+    ]
+    joined = folders.join([index.splits[name].rows(start, stop) for name, start, stop in chosen if start < stop])
+    if joined is None:
+        raise DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
+    shape = folders.stored_shape(index, image_size)
+    resized = None if (joined.sizes == shape[:2]).all() else joined.sizes
+    ranges = [(name, start, stop - start) for name, start, stop in chosen]
+    return Source(joined, f"{task.name} ({split})", index.class_names, shape, ranges, folders.decode, resized, index.skipped)
+
+
+def _decode_png(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """Returns the image, uint8 [height, width, 3], of a PNG or JPEG file."""
     from PIL import Image
 

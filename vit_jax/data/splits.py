@@ -3,30 +3,42 @@
 import os
 from collections.abc import Iterator
 
+from vit_jax.config import Data
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, open_split, shared_examples
 from vit_jax.data.tasks import Task
 
 
-def open_splits(task: Task, train: str, test: str, data_dir: str | os.PathLike = "") -> tuple[Source, Source]:
-    """Opens two splits of a task and prepares its data first if they are not there. Raises as `prepare` and `open_split`.
+def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> tuple[Source, Source]:
+    """Opens the training and the test split of a task and prepares its data first if they are not there.
 
     Args:
-      task: a row of TASKS.
-      train: the training split in TFDS's language; "": the task's own.
-      test: the test split, likewise.
+      task: as `vit_jax.data.tasks.task` returns it.
+      data: the section of the configuration; its splits are "" for the task's own.
       data_dir: as TFDS's.
+
+    Raises:
+      DataError: as `prepare` and `open_split`.
     """
-    prepare(task, data_dir=data_dir)
-    return open_split(task, train or task.train_split, data_dir), open_split(task, test or task.test_split, data_dir)
+    if task.kind == "tfds":
+        prepare(task, data_dir=data_dir)
+    train, test = (
+        open_split(task, split, data_dir, data.image_size, data.on_error)
+        for split in (data.train_split or task.train_split, data.test_split or task.test_split)
+    )
+    return train, test
 
 
-def warnings(task: Task, train: str, test: str, sources: tuple[Source, Source], batch_size: int) -> Iterator[str]:
+def warnings(task: Task, data: Data, sources: tuple[Source, Source], batch_size: int) -> Iterator[str]:
     """What a reader of a run's figures must know about its data; arguments as of `open_splits`."""
+    train, test = data.train_split or task.train_split, data.test_split or task.test_split
+    if skipped := sources[0].skipped:
+        more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+        yield f"{len(skipped):,} images of {task.name} cannot be read and are left out: {'; '.join(skipped[:3])}{more}"
     if shared := shared_examples(*sources):
         yield (
             f"{shared:,} of the {len(sources[1]):,} test images are training images too "
-            f"(data.train_split = {train or task.train_split!r}, data.test_split = {test or task.test_split!r}): "
+            f"(data.train_split = {train!r}, data.test_split = {test!r}): "
             "the test accuracy does not say how the model does on new images"
         )
     if batch_size > len(sources[0]):
@@ -34,3 +46,11 @@ def warnings(task: Task, train: str, test: str, sources: tuple[Source, Source], 
             f"training.batch_size = {batch_size} is larger than the training split of {len(sources[0]):,} images: "
             "every batch holds images more than once"
         )
+
+
+def count(task: Task, data: Data, data_dir: str | os.PathLike = "") -> int:
+    """The number of training images, known without reading them if the task has an archive; arguments as of `open_splits`."""
+    train = data.train_split or task.train_split
+    if task.archive and train in task.archive.examples and not task.excerpt:
+        return task.archive.examples[train]
+    return len(open_split(task, train, data_dir, data.image_size, data.on_error))

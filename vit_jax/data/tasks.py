@@ -1,8 +1,9 @@
-"""The table of tasks: data sets, where they come from and where TFDS keeps them.
+"""The table of tasks: data sets, where they come from and where TFDS keeps them; and the user's own images.
 
 It imports only the standard library, so that a lookup is quick.
 """
 
+import csv
 import dataclasses
 import difflib
 import os
@@ -64,27 +65,30 @@ class Task:
 
     Attributes:
       name: what the user calls it.
-      builder: TFDS's name of the data set, with the configuration if it has several ("sun397/tfds").
-      num_classes: number of labels.
-      image_shape: (height, width, 3) of every image.
-      mean, std: of the channels of the training images, pixels scaled to [0, 1].
+      builder: TFDS's name of the data set, with the configuration if it has several ("sun397/tfds"); of own images, the path
+        of the folder or file that lists them.
+      num_classes: number of labels; of own images 0: it is found when they are indexed.
+      image_shape: (height, width, 3) of every image; of own images empty.
+      mean, std: of the channels of the training images, pixels scaled to [0, 1]; of own images empty: they are not known.
       train_split, test_split: the default splits, in TFDS's language.
       data_dir: the directory with the data if they come with the package; "" otherwise.
       archive: the archive that `vit_jax.data.prepare` makes the data from; None if it cannot make them.
       excerpt: the part of the archive that is used; None for all of it.
+      kind: "tfds", or for own images "folder" or "csv".
     """
 
     name: str
     builder: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    num_classes: int = 0
+    image_shape: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     train_split: str = "train"
     test_split: str = "test"
     data_dir: str = ""
     archive: Archive | None = None
     excerpt: Excerpt | None = None
+    kind: str = "tfds"
 
 
 # Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. Hashes of the files: TFDS's url_checksums/cifar{10,100}.txt.
@@ -150,17 +154,50 @@ _ROWS = (
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 
+OWN_IMAGES = {
+    "folder": "folder:PATH, a folder with a folder of images for each class, or with such folders in train/ and test/",
+    "csv": "csv:PATH, a CSV file with the columns path, label and, optionally, split",
+}
+TEST_SPLITS = ("test", "val", "valid", "validation")  # names of what is evaluated, the first that exists by default
+
+
 def task(name: str) -> Task:
-    """Returns the task of this name.
+    """Returns the task of this name: a row of TASKS, or the user's own images, such as "folder:photos" or "csv:photos.csv".
 
     Raises:
       DataError: if there is none; the message lists the tasks and suggests the nearest name.
     """
     if name in TASKS:
         return TASKS[name]
+    kind, _, location = name.partition(":")
+    if kind in OWN_IMAGES:
+        return _own_images(name, kind, location)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"there is no task {name!r}: expected one of {', '.join(TASKS)}{hint}")
+    raise DataError(f"there is no task {name!r}: expected one of {', '.join([*TASKS, *OWN_IMAGES.values()])}{hint}")
+
+
+def _own_images(name: str, kind: str, location: str) -> Task:
+    """The task of a folder or a CSV file that exists; its splits' names are read, its images are not."""
+    try:
+        path = expand_user(location, "the path") if location else None
+    except UserError as error:
+        raise DataError(f"{name}: {error}") from None
+    if path is None or not (path.is_dir() if kind == "folder" else path.is_file()):
+        here = f"; {path} is not one" if path is not None and path.exists() else ""
+        raise DataError(
+            f"{name}: there is no {'folder' if kind == 'folder' else 'file'} {location!r}; expected {OWN_IMAGES[kind]}{here}"
+        )
+    if kind == "folder":
+        names = {entry.name for entry in path.iterdir() if entry.is_dir()} if (path / "train").is_dir() else set()
+    else:
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                names = {(row.get("split") or "").strip() for row in csv.DictReader(file)}
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{name}: {path} is not a CSV file in UTF-8 ({error})") from None
+    test = next((split for split in TEST_SPLITS if split in names), TEST_SPLITS[0])
+    return Task(name, str(path), kind=kind, test_split=test)
 
 
 def data_root(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:

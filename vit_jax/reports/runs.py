@@ -212,12 +212,16 @@ class Run:
     @functools.cached_property
     def test(self) -> Source:
         """The test split; DataError if it is not prepared on this machine."""
-        return open_split(self.task, self.splits[1], self.config.run.data_dir)
+        return self._open(self.splits[1])
+
+    def _open(self, split: str) -> Source:
+        data = self.config.data
+        return open_split(self.task, split, self.config.run.data_dir, data.image_size, data.on_error)
 
     @functools.cached_property
     def train(self) -> Source:
         """The training split; DataError if it is not prepared on this machine."""
-        return open_split(self.task, self.splits[0], self.config.run.data_dir)
+        return self._open(self.splits[0])
 
     @functools.cached_property
     def class_names(self) -> Sequence[str]:
@@ -285,6 +289,8 @@ def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
     import tensorflow_datasets as tfds
 
     _ = run.test  # with its errors
+    if run.task.kind != "tfds":
+        return None
     builder = tfds.builder_from_directory(find_prepared(run.task, run.config.run.data_dir))
     if "coarse_label" not in builder.info.features:
         return None
@@ -293,6 +299,6 @@ def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
     for first in range(0, len(records), _RECORDS):
         batch = records.__getitems__(range(first, min(first + _RECORDS, len(records))))
         found |= {int(example["label"]): int(example["coarse_label"]) for example in batch}
-        if len(found) == run.task.num_classes:
+        if len(found) == run.test.num_classes:
             break
     return list(builder.info.features["coarse_label"].names), found

@@ -94,7 +94,7 @@ def training_figures(run: Run) -> Iterator[CaptionedFigure]:
     originals, labels = source.take(index)
     keys = example_keys(stream(config.seed, AUGMENT), 0, jnp.arange(len(index), dtype=jnp.int32))
     transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))
-    images, _ = transform(keys, originals, labels)
+    images, _ = transform(keys, originals, labels, None if source.sizes is None else jnp.asarray(source.sizes[index]))
     names = [printable(source.class_names[label]) for label in labels]
     caption = (
         "The first images of the first batch. In each pair, the left image is as stored; the right image is exactly what the "

@@ -84,17 +84,20 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
       saved: the record of a saved state; the model is then the state's, and the checkpoint is not read.
     """
     row, data = task(config.data.task), config.data
+    if data.normalization == "dataset" and not row.mean:
+        raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     sources = open_splits(config, row)
-    warnings = tuple(splits.warnings(row, data.train_split, data.test_split, sources, config.training.batch_size))
+    num_classes = sources[0].num_classes
+    warnings = tuple(splits.warnings(row, data, sources, config.training.batch_size))
     for warning in warnings:
         _log.warning("*** warning: %s ***", warning)
     if saved:
         params: Any = restore.shapes_of(saved)
         model = from_tree(params)
     else:
-        keep_head = _keep_head(config, row.num_classes, sources[0].class_names)
+        keep_head = _keep_head(config, num_classes, sources[0].class_names)
         config = _replace_model(config, keep_head="true" if keep_head else "false")
-        model, params = _initial_model(config, row.num_classes, keep_head)
+        model, params = _initial_model(config, num_classes, keep_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
     config = dataclasses.replace(config, model=runtime.resolve_auto(config.model, model, tokens))
     model = model.clone(
@@ -124,11 +127,10 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
 def open_splits(config: Config, row: Task) -> tuple[Source, Source]:
     """The training and the test split of a configuration's task, which are prepared first if they are not there."""
     try:
-        return splits.open_splits(row, config.data.train_split, config.data.test_split, config.run.data_dir)
+        return splits.open_splits(row, config.data, config.run.data_dir)
     except OSError as error:  # no permission
-        raise ConfigError(
-            f"run.data_dir = {config.run.data_dir!r}: {row.name} cannot be read or prepared there ({error})"
-        ) from None
+        place = f"run.data_dir = {config.run.data_dir!r}" if row.kind == "tfds" else f"data.task = {row.name!r}"
+        raise ConfigError(f"{place}: {row.name} cannot be read or prepared there ({error})") from None
 
 
 def _replace_model(config: Config, **fields: Any) -> Config:

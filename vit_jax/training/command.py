@@ -166,7 +166,9 @@ def workdir_of(source: str) -> Path:
     path, argument = config_files.split(source)
     if path.endswith(".json"):
         return Path(path).parent
-    return Path("runs", "-".join([Path(path).stem, *filter(None, argument.replace("/", "_").split(","))]))
+    own_images = re.compile(r"(folder|csv):(.*/)?")  # of these only the last name of the path, without its suffix
+    words = [PurePath(word.rstrip("/")).stem if own_images.match(word) else word for word in argument.split(",")]
+    return Path("runs", "-".join([Path(path).stem, *(own_images.sub("", word).replace("/", "_") for word in words if word)]))
 
 
 def report(config: Config, metrics: dict[str, float]) -> str:

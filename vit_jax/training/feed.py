@@ -25,7 +25,8 @@ class Feed:
         self.source, self.layout, self.data = source, layout, None
         if source.nbytes <= budget:
             images, self._labels = source.take(np.arange(len(source)))
-            self.data = layout.put({"images": images, "labels": self._labels})
+            sizes = {} if source.sizes is None else {"sizes": source.sizes}
+            self.data = layout.put({"images": images, "labels": self._labels, **sizes})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,7 +58,8 @@ class Feed:
 
         def read(item):
             images, labels = self.source.take(item[0])
-            return Batch(images=images, labels=labels), labels, item[1]
+            sizes = None if self.source.sizes is None else self.source.sizes[item[0]]
+            return Batch(images=images, labels=labels, sizes=sizes), labels, item[1]
 
         with ThreadPoolExecutor(1, "feed") as pool:
             ahead = pool.submit(read, next(indices))

@@ -26,13 +26,14 @@ class Batch(NamedTuple):
     index: Any = None  # int32, positions in `data`; None if the batch holds the images
     images: Any = None  # uint8 [..., H, W, 3]
     labels: Any = None  # int32
+    sizes: Any = None  # int32 [..., 2], heights and widths before images were resized; None if they were not
 
 
-def fetch(batch: Batch, data: Any) -> tuple[jax.Array, jax.Array]:
-    """Images uint8 [B, H, W, 3] and labels int32 [B] of a batch, inside the step."""
+def fetch(batch: Batch, data: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Images uint8 [B, H, W, 3], labels int32 [B] and original sizes (int32 [B, 2] or None) of a batch, inside the step."""
     if data is None:
-        return batch.images, batch.labels
-    return data["images"][batch.index], data["labels"][batch.index]
+        return batch.images, batch.labels, batch.sizes
+    return data["images"][batch.index], data["labels"][batch.index], data["sizes"][batch.index] if "sizes" in data else None
 
 
 def loss_of(model: VisionTransformer, transform: Callable[..., Any], seed: int) -> Forward:
@@ -43,8 +44,8 @@ def loss_of(model: VisionTransformer, transform: Callable[..., Any], seed: int) 
     """
 
     def forward(params, batch, data, step, dropout_key):
-        images, labels = fetch(batch, data)
-        images, labels = transform(example_keys(stream(seed, AUGMENT), step, batch.example_index), images, labels)
+        keys = example_keys(stream(seed, AUGMENT), step, batch.example_index)
+        images, labels = transform(keys, *fetch(batch, data))
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
@@ -55,8 +56,7 @@ def logits_of(model: VisionTransformer, transform: Callable[..., Any]) -> Forwar
     """forward(params, batch, data) → logits float32 [B, classes]; `transform` is of `preprocess.for_evaluation`."""
 
     def forward(params, batch, data):
-        images, _ = fetch(batch, data)
-        return model.apply({"params": params}, transform(images))
+        return model.apply({"params": params}, transform(fetch(batch, data)[0]))
 
     return forward
 

@@ -6,6 +6,7 @@ see that no pixel from outside a box can take part: its weight is zero.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,13 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     return _resample(images, _weights(0, height, height, out_height), _weights(0, width, width, out_width))
 
 
-def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int], flip: jax.Array | None = None) -> jax.Array:
+def crop_resize(
+    images: jax.Array,
+    boxes: jax.Array,
+    size: int | tuple[int, int],
+    flip: jax.Array | None = None,
+    sizes: jax.Array | None = None,
+) -> jax.Array:
     """Cuts a box out of each image, resizes it as `resize` does, and mirrors it left to right where asked.
 
     The result is that of cropping first: no pixel from outside a box has any weight, also at its edges, where
@@ -42,6 +49,8 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]
       boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the image and not empty.
       size: of the result, in pixels: one number for a square, or (height, width).
       flip: bool [B], which images to mirror; None: none of them.
+      sizes: int32 [B, 2], the heights and widths in pixels that the boxes are meant for, if the images have been resized
+        from these to [H, W]; None: they have not been.
 
     Returns:
       float32 [B, height, width, C] in the range of the input.
@@ -50,6 +59,8 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]
     batch, height, width, _ = images.shape
     if boxes.shape != (batch, 4):
         raise ValueError(f"boxes has shape {boxes.shape}; {batch} images need ({batch}, 4): top, left, height, width")
+    if sizes is not None:
+        boxes = boxes * jnp.tile(jnp.array([[height, width]]) / sizes, (1, 2))
     top, left, box_height, box_width = boxes.T
     rows = jax.vmap(lambda start, extent: _weights(start, extent, height, out_height))(top, box_height)
     columns = jax.vmap(lambda start, extent: _weights(start, extent, width, out_width))(left, box_width)
@@ -59,7 +70,12 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]
 
 
 def random_boxes(
-    keys: jax.Array, height: int, width: int, *, distribution: str, area: tuple[float, float] = (0.05, 1.0)
+    keys: jax.Array,
+    height: int | jax.Array,
+    width: int | jax.Array,
+    *,
+    distribution: str,
+    area: tuple[float, float] = (0.05, 1.0),
 ) -> jax.Array:
     """Draws a crop box for each key from one of the two published distributions.
 
@@ -71,8 +87,8 @@ def random_boxes(
 
     Args:
       keys: typed keys [B], one an image, so that a box does not depend on which others share its batch.
-      height: of the images, in pixels.
-      width: of the images, in pixels.
+      height: of the images, in pixels; of each image, int32 [B], if they differ.
+      width: likewise.
       distribution: "torchvision" or "tensorflow".
       area: least and largest fraction of the image's area, 0 < least <= largest <= 1.
 
@@ -86,8 +102,10 @@ def random_boxes(
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(_DISTRIBUTIONS)}.")
     if not 0 < area[0] <= area[1] <= 1:
         raise ValueError(f"area={area!r} must be (least, largest) with 0 < least <= largest <= 1.")
-    draw = functools.partial(_DISTRIBUTIONS[distribution], height=height, width=width, area=area)
-    return jax.vmap(draw)(keys)
+    draw = functools.partial(_DISTRIBUTIONS[distribution], area=area)
+    if isinstance(height, jax.Array):
+        return jax.vmap(lambda key, h, w: draw(key, height=h, width=w))(keys, height, width)
+    return jax.vmap(functools.partial(draw, height=height, width=width))(keys)
 
 
 def flips(keys: jax.Array) -> jax.Array:
@@ -102,7 +120,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _weights(start, extent, length: int, out: int) -> jax.Array:
     """The weights float32 [out, length] that resample pixels start … start + extent - 1 of a line to `out` pixels."""
     position = (jnp.arange(out, dtype=jnp.float32) + 0.5) * (extent / out) - 0.5  # half-pixel centres, counted from start
-    position = jnp.clip(position, 0, extent - 1)  # the edge pixel goes on: what lies beyond it gets no weight
+    position = jnp.clip(position, 0, jnp.maximum(extent - 1, 0))  # the edge pixel goes on: what lies beyond it gets no weight
     pixel = jnp.arange(length) - start
     return jnp.maximum(0, 1 - jnp.abs(position[:, None] - pixel[None, :]))
 
@@ -116,7 +134,7 @@ def _resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arr
     return einsum(f"{column},biwc->bijc", columns, images)
 
 
-def _torchvision(key: jax.Array, height: int, width: int, area: tuple[float, float]) -> jax.Array:
+def _torchvision(key: jax.Array, height: Any, width: Any, area: tuple[float, float]) -> jax.Array:
     """One box int32 [4] of torchvision's RandomResizedCrop."""
     u, place = _attempts(key, 10)
     pixels = height * width * (area[0] + u[0] * (area[1] - area[0]))
@@ -127,14 +145,15 @@ def _torchvision(key: jax.Array, height: int, width: int, area: tuple[float, flo
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = jnp.argmax(fits)
     # The largest central box whose aspect ratio is allowed.
-    central_h, central_w = min(height, round(width / low)), min(width, round(height * high))
+    central_h = jnp.minimum(height, jnp.rint(width / low).astype(jnp.int32))
+    central_w = jnp.minimum(width, jnp.rint(height * high).astype(jnp.int32))
     central = jnp.array([(height - central_h) // 2, (width - central_w) // 2, central_h, central_w], jnp.int32)
     # Both ends included: a box may touch every edge.
     top, left = _below(place, jnp.stack([height - h[first] + 1, width - w[first] + 1]))
     return jnp.where(fits[first], jnp.stack([top, left, h[first], w[first]]), central)
 
 
-def _tensorflow(key: jax.Array, height: int, width: int, area: tuple[float, float]) -> jax.Array:
+def _tensorflow(key: jax.Array, height: Any, width: Any, area: tuple[float, float]) -> jax.Array:
     """One box int32 [4] of TensorFlow's sample_distorted_bounding_box, float32 throughout as its kernel is."""
     u, place = _attempts(key, 100)
     low, high = _TENSORFLOW_ASPECT

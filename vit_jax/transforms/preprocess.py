@@ -36,7 +36,7 @@ def preprocess(
 
 def for_training(
     augment: Augment, size: int | tuple[int, int], statistics: Statistics | None = None
-) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Builds the transform of a training batch: random crop, random flip, resize, scaling.
 
     Args:
@@ -45,19 +45,22 @@ def for_training(
       statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's, to [-1, 1].
 
     Returns:
-      A function of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3] and labels, called inside the jitted
-      step. It returns images float32 [B, height, width, 3] and the labels.
+      A function of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and, if the images have been resized
+      to [H, W], their original heights and widths, int32 [B, 2], in which crops are drawn; called inside the jitted step. It
+      returns images float32 [B, height, width, 3] and the labels.
     """
 
-    def transform(keys: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def transform(
+        keys: jax.Array, images: jax.Array, labels: jax.Array, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         _check(images)
-        batch, height, width, _ = images.shape
+        batch, height, width = (*images.shape[:1], *(images.shape[1:3] if sizes is None else sizes.T))
         if augment.crop == "none":
-            boxes = jnp.tile(jnp.array([[0, 0, height, width]], jnp.int32), (batch, 1))
+            boxes = jnp.stack([jnp.broadcast_to(jnp.asarray(edge, jnp.int32), batch) for edge in (0, 0, height, width)], axis=1)
         else:
             boxes = geometry.random_boxes(fold(keys, CROP), height, width, distribution=augment.crop, area=augment.crop_area)
         flip = geometry.flips(fold(keys, FLIP)) if augment.flip else None
-        return scale(geometry.crop_resize(images, boxes, size, flip), statistics), labels
+        return scale(geometry.crop_resize(images, boxes, size, flip, sizes), statistics), labels
 
     return transform
 

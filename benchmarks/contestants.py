@@ -71,8 +71,7 @@ class RandomImages:
     def __init__(self, number: int, classes: int):
         draw = np.random.default_rng(SEED)
         images, labels = draw.integers(0, 256, (number, 32, 32, 3), np.uint8), draw.integers(0, classes, number, np.int32)
-        self.number, self.nbytes, self.sizes = number, images.nbytes, None
-        self.take = lambda index: (images[index], labels[index])
+        self.number, self.nbytes, self.read = number, images.nbytes, lambda index: (images[index], labels[index], None)
 
     def __len__(self) -> int:
         return self.number

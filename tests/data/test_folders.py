@@ -11,7 +11,7 @@ from PIL import Image
 
 from vit_jax import images
 from vit_jax.data import folders
-from vit_jax.data.sources import open_split, shared_examples
+from vit_jax.data.splits import open_split, shared_examples
 from vit_jax.data.tasks import TASKS, task
 from vit_jax.errors import DataError
 from vit_jax.images import open_image
@@ -116,10 +116,10 @@ def test_csv_names_images_labels_and_splits(photos, tmp_path, split):
 def test_pixels_of_every_mode_are_those_that_prediction_sees(photos):
     row = task(f"folder:{photos}")
     source = open_split(row, "train", image_size=64)
-    found, _ = everything(source)
+    found, _, sizes = source.read(np.arange(len(source)))
     paths = folders.index(row).splits["train"].paths
     assert found.shape[1:] == source.image_shape == (47, 47, 3)  # the longest side of all images
-    for pixels, path, size in zip(found, paths, source.sizes, strict=True):
+    for pixels, path, size in zip(found, paths, sizes, strict=True):
         image = open_image(path, (47, 47), path)
         assert image.size == tuple(size[::-1])
         np.testing.assert_array_equal(pixels, np.asarray(image.resize((47, 47), Image.Resampling.BILINEAR)))
@@ -138,7 +138,7 @@ def test_images_of_one_size_are_held_as_they_are(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     source = open_split(task(f"folder:{tmp_path}"), "train+test")
-    assert source.sizes is None and source.image_shape == (32, 32, 3)
+    assert not source.resized and source.image_shape == (32, 32, 3)
     found, numbers = everything(source)
     names = [source.class_names[number] for number in numbers]
     for image, label in zip(pixels, labels, strict=True):
@@ -276,7 +276,7 @@ def test_csv_that_cannot_be_used_is_refused(tmp_path, text, message):
         ("folder:~no-such-user/x", "the user '~no-such-user' does not exist"),
         ("csv:/no/such.csv", "there is no file '/no/such.csv'; expected csv:PATH"),
         ("csv:/", "there is no file '/'; expected csv:PATH.*; / is not one"),
-        ("fodler:x", "there is no task 'fodler:x': expected one of .*folder:PATH"),
+        ("fodler:x", "there is no task 'fodler:x': `vit_jax data list` shows all"),
     ],
 )
 def test_images_that_do_not_exist_are_an_error(name, message):

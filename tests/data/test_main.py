@@ -11,7 +11,7 @@ from PIL import Image
 from vit_jax.data import tasks
 from vit_jax.data.__main__ import main
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import find_prepared
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,10 @@ def data_dir(monkeypatch, tmp_path):
 
 def test_list_names_every_task_and_where_it_is(capsys):
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    rows, _, others = capsys.readouterr().out.partition("Others:\n")
+    lines = rows.splitlines()
     assert [line.split()[0] for line in lines] == list(tasks.TASKS)
+    assert [line.split(":")[0].strip() for line in others.splitlines()] == list(tasks.OTHERS)
     assert lines[0].split()[0] == "cifar100_excerpt"
     assert lines[0].endswith("1.0.0")
     assert lines[-1].endswith("not prepared")
@@ -37,8 +39,12 @@ def test_list_and_show_find_the_embedded_data_with_any_data_dir(capsys, tiny, pa
     prepare(tiny, pack(), tmp_path)
     embedded = find_prepared(tasks.TASKS["cifar100_excerpt"])
     assert main(["list", "--data_dir", str(tmp_path)]) == 0
-    found = {line.split()[0]: line.split("classes")[1].strip() for line in capsys.readouterr().out.splitlines()}
-    assert found == {"cifar100_excerpt": str(embedded), "cifar10": "not prepared", "cifar100": str(tmp_path / "cifar100/3.0.2")}
+    found = {
+        line.split()[0]: line.split("classes")[1].strip()
+        for line in capsys.readouterr().out.partition("Others")[0].splitlines()
+    }
+    prepared = {name: place for name, place in found.items() if place != "not prepared"}
+    assert prepared == {"cifar100_excerpt": str(embedded), "cifar100": str(tmp_path / "cifar100/3.0.2")}
     for command in ("show", "prepare"):
         assert main([command, "cifar100_excerpt", "--data_dir", str(tmp_path)]) == 0
         assert capsys.readouterr().out.splitlines()[0] == str(embedded)

@@ -14,7 +14,7 @@ import pytest
 
 from vit_jax import fetch, transfer
 from vit_jax.data import prepare, tasks
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.errors import DataError
 
 from .conftest import TEST, TRAIN, files_below

@@ -46,7 +46,7 @@ def test_embedded_data_are_found_with_any_data_dir(tmp_path):
 
 
 def test_unknown_task_is_an_error_that_names_the_nearest():
-    with pytest.raises(DataError, match="no task 'cifar-100': expected one of .*; did you mean 'cifar100'?"):
+    with pytest.raises(DataError, match="no task 'cifar-100'; did you mean 'cifar100'.: `vit_jax data list` shows all"):
         task("cifar-100")
-    with pytest.raises(DataError, match="no task 'x': expected one of cifar100_excerpt, cifar10, cifar100$"):
+    with pytest.raises(DataError, match="no task 'x': `vit_jax data list` shows all, and how to name your own images"):
         task("x")

@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.load import load
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.models.variants import build, shapes
 from vit_jax.transforms.geometry import resize

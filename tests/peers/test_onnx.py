@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoints.load import load
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.errors import CheckpointError
 from vit_jax.interop.onnx import save_onnx

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vit_jax.checkpoints.load import load
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
 from vit_jax.interop.torch_models import save_huggingface, save_timm
 from vit_jax.predict.classifier import Classifier

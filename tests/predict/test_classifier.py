@@ -12,7 +12,7 @@ from PIL import Image
 
 import vit_jax
 from vit_jax.config import Augment, Config, Data, Model, Optimizer, Run, Training
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ImageError
 from vit_jax.formats.google import save_npz

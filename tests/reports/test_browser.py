@@ -9,7 +9,7 @@ import pytest
 
 from tests.reports.pages import FIGURES, Page, edit, figure_files, write_lines
 from vit_jax.checkpoints.load import load
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.formats.google import save_npz
 from vit_jax.reports import sections

@@ -11,7 +11,7 @@ from tests.reports.pages import edit
 from vit_jax.checkpoints.load import load
 from vit_jax.config_files import from_json
 from vit_jax.data import batches
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import TASKS
 from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.reports import attention, figures, sections

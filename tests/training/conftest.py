@@ -36,7 +36,7 @@ def config(tiny_checkpoint):
 class Images:
     """A Source of arrays in memory."""
 
-    sizes = None
+    resized = False
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels
@@ -49,6 +49,9 @@ class Images:
 
     def take(self, index):
         return self.images[index], self.labels[index]
+
+    def read(self, index):
+        return *self.take(index), None
 
 
 @pytest.fixture(scope="session")

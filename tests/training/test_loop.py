@@ -87,7 +87,7 @@ def test_predictions_file_is_of_the_final_weights(uninterrupted, config):
     workdir, result = uninterrupted
     model, params = vit_jax.load(str(workdir / "final.npz"))
     assert same(params, result.params)
-    from vit_jax.data.sources import open_split
+    from vit_jax.data.splits import open_split
     from vit_jax.data.tasks import task
 
     images, labels = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
@@ -137,7 +137,7 @@ def test_finished_run_without_its_files_is_evaluated_again(uninterrupted, config
 def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
     config.data.normalization, config.training.steps = "dataset", 3
     loop.train(config, tmp_path)
-    from vit_jax.data.sources import open_split
+    from vit_jax.data.splits import open_split
     from vit_jax.data.tasks import task
 
     images, _ = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.config import Augment, Run
-from vit_jax.data.sources import open_split
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
 from vit_jax.predict import Classifier
 from vit_jax.reports.page import write

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import cli
-from vit_jax.data.tasks import OWN_IMAGES, TASKS, find_prepared, task
+from vit_jax.data.tasks import OTHERS, TASKS, find_prepared, task
 from vit_jax.errors import DataError, printable
 
 _GRID = (10, 10)  # the most rows (classes) and columns (images of a class) that `show` draws
@@ -63,13 +63,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _list(data_dir: str) -> None:
     for row in TASKS.values():
-        print(f"{row.name:18}{row.num_classes:5} classes   {find_prepared(row, data_dir) or 'not prepared'}")
-    print("Own images:", *OWN_IMAGES.values(), sep="\n  ")
+        print(f"{row.name:22}{row.num_classes:5} classes   {find_prepared(row, data_dir) or 'not prepared'}")
+    print("Others:", *OTHERS.values(), sep="\n  ")
 
 
 def _show(name: str, data_dir: str, output: Path | None, on_error: str) -> None:
     """Prints the sizes of the splits and the number of images of each class; writes a grid of training images to `output`."""
-    from vit_jax.data.sources import open_split
+    from vit_jax.data.splits import open_split
 
     if output is not None and output.suffix != ".png":
         raise DataError(f"--output {output}: expected a name that ends in .png")
@@ -78,7 +78,7 @@ def _show(name: str, data_dir: str, output: Path | None, on_error: str) -> None:
     print(find_prepared(row, data_dir) if row.kind == "tfds" else Path(row.builder).resolve())
     for split, source in splits.items():
         height, width, _ = source.image_shape
-        sizes = f"images of {height} x {width}" if source.sizes is None else f"images, resized to {height} x {width}"
+        sizes = f"images of {height} x {width}" if not source.resized else f"images, resized to {height} x {width}"
         print(f"{split:8}{len(source):8,} {sizes}, {source.nbytes / 1e6:.1f} MB as uint8")
     for skipped in splits[row.train_split].skipped:
         print(f"left out: {skipped}")

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import types
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import images
+from vit_jax.data.sources import Decoded, Source, empty_split, no_split, stored_shape
 from vit_jax.data.tasks import TEST_SPLITS, Task
 from vit_jax.errors import DataError, ImageError, printable, reason
 from vit_jax.files import cache_root, whole_file
@@ -51,7 +53,7 @@ class Split:
 
     def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]:
         """Examples as those of a `tfds.data_source`; "image" is the path of the file."""
-        return [{"image": self.paths[key], "label": self.labels[key]} for key in keys]
+        return [{"image": self.paths[key], "label": self.labels[key], "size": self.sizes[key]} for key in keys]
 
     def rows(self, start: int, stop: int) -> "Split":
         """The images from `start` to `stop`."""
@@ -227,7 +229,7 @@ def _decode_all(root: Path, paths: list[str]) -> dict[str, _Entry]:
     return entries
 
 
-def join(parts: Sequence[Split]) -> Split | None:
+def _join(parts: Sequence[Split]) -> Split | None:
     """The images of several splits, one after the other; None if there are no parts."""
     if not parts:
         return None
@@ -235,24 +237,29 @@ def join(parts: Sequence[Split]) -> Split | None:
     return Split(paths, np.concatenate([part.labels for part in parts]), np.concatenate([part.sizes for part in parts]))
 
 
-def stored_shape(index: Index, image_size: int) -> tuple[int, int, int]:
-    """The shape in which all images of an index are held, for a model with images of `image_size` pixels.
+def open_split(task: Task, split: str, image_size: int, on_error: str) -> Source:
+    """Opens a split of a folder or a CSV file; arguments as of `splits.open_split`."""
+    import tensorflow_datasets as tfds
 
-    Images of one size, at most twice the model's, are held as they are; others as squares of twice the model's size, or of
-    the longest side of all images if that is shorter.
-    """
-    sizes = np.concatenate([split.sizes for split in index.splits.values()])
-    longest = int(sizes.max())
-    if longest <= 2 * image_size and (sizes == sizes[0]).all():
-        return int(sizes[0, 0]), int(sizes[0, 1]), 3
-    side = min(longest, 2 * image_size)
-    return side, side, 3
+    found = index(task, on_error)
+    counts = {name: types.SimpleNamespace(num_examples=len(part)) for name, part in found.splits.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(counts)
+    except Exception as error:  # ValueError or AssertionError
+        raise no_split(task, split, found.splits) from error
+    chosen = [(part.splitname, *slice(part.from_, part.to).indices(len(found.splits[part.splitname]))[:2]) for part in parts]
+    joined = _join([found.splits[name].rows(start, stop) for name, start, stop in chosen if start < stop])
+    if joined is None:
+        raise empty_split(task, split)
+    shape = stored_shape(np.concatenate([part.sizes for part in found.splits.values()]), image_size)
+    resized = not (joined.sizes == shape[:2]).all()
+    ranges = [(name, start, stop - start) for name, start, stop in chosen]
+    return Source(joined, f"{task.name} ({split})", found.class_names, shape, ranges, _decode, resized, found.skipped)
 
 
-def decode(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of an image file resized, with antialiasing, to a shape: uint8 [height, width, 3]."""
+def _decode(example: dict[str, Any], shape: tuple[int, int, int]) -> Decoded:
     height, width, _ = shape
-    image = images.open_image(path, (height, width), path)
+    image = images.open_image(example["image"], (height, width), example["image"])
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.asarray(image), example["size"], example["label"]

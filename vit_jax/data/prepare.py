@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.archives import PLANES, Names, Splits, read_archive, record_bytes
+from vit_jax.data.prepared import how_to_prepare
 from vit_jax.data.tasks import Excerpt, Task, data_root, find_prepared, find_version, prepare_command
 from vit_jax.errors import DataError, reason
 from vit_jax.fetch import Refused, Unreachable, download
@@ -46,7 +47,7 @@ def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str 
     if folder := find_version(task, root) if archive else find_prepared(task, data_dir):
         return folder
     if task.archive is None:
-        raise DataError(f"{task.name} is not in {root} and cannot be prepared by this package: prepare it with TFDS")
+        raise DataError(f"{task.name} is not in {root}, and only TFDS can prepare it: {how_to_prepare(task, data_dir)}")
     try:
         with locked(root / f".{task.name}.lock", f"prepares {task.name}"):
             # Another process may have prepared the data while this one waited.

@@ -1,22 +1,26 @@
-"""Reading a split as arrays, addressed by index: of prepared TFDS data, or of the user's own images."""
+"""A split as arrays, addressed by index, wherever its images come from."""
 
 import functools
-import io
 import os
-import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import folders
-from vit_jax.data.tasks import NotPrepared, Task, data_root, find_prepared, prepare_command
+from vit_jax.data.tasks import Task
 from vit_jax.errors import DataError, ImageError, reason
 
-__all__ = ["NotPrepared", "Source", "open_split"]
-
+Decoded = tuple[np.ndarray, tuple[int, int], int]  # pixels uint8 [height, width, 3], original (height, width), label
 _BATCH = 1024  # records that are read at once; bounds the memory needed besides the result
+
+
+class Examples(NamedTuple):
+    """Images uint8 [n, height, width, 3], labels int32 [n], and the images' sizes; see `Source.read`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray | None
 
 
 class Source:
@@ -24,10 +28,9 @@ class Source:
 
     Attributes:
       class_names: a name for each label.
-      image_shape: (height, width, 3) of every image that `take` returns.
+      image_shape: (height, width, 3) of every image that is returned.
       ranges: (file, first record, number of records) of each part of the split.
-      sizes: (height, width) in pixels of each image before it was resized to `image_shape`, int32 [len, 2]; None if no image
-        is resized.
+      resized: whether images are resized to `image_shape`, because they do not all have it.
       skipped: "PATH (why)" of each image that was left out because it cannot be read.
     """
 
@@ -38,15 +41,15 @@ class Source:
         class_names: list[str],
         image_shape: tuple[int, int, int],
         ranges: list[tuple[str, int, int]],
-        decode: Callable[..., np.ndarray] | None = None,
-        sizes: np.ndarray | None = None,
+        decode: Callable[..., Decoded],
+        resized: bool = False,
         skipped: tuple[str, ...] = (),
     ):
-        """Wraps `records`, whose "image" the function `decode` turns into pixels; errors call the source `where`.
+        """Wraps `records`, a `tfds.data_source` or what acts like one; errors call the source `where`.
 
-        Without `decode`, `records` is a `tfds.data_source` that leaves "image" encoded.
+        `decode(example, shape=image_shape)` returns the pixels, the original (height, width) and the label.
         """
-        self.ranges, self.sizes, self.skipped = ranges, sizes, skipped
+        self.ranges, self.resized, self.skipped = ranges, resized, skipped
         self._records = records
         self._where = where
         self._decode = decode
@@ -67,15 +70,21 @@ class Source:
         return len(self) * int(np.prod(self.image_shape))
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads images and labels; see `read`."""
+        images, labels, _ = self.read(index)
+        return images, labels
+
+    def read(self, index: np.ndarray) -> Examples:
         """Reads the examples at `index`, integers [n] in [0, len), in that order; an index may occur several times.
 
-          Returns:
-            (images uint8 [n, height, width, 3], labels int32 [n]), both new arrays.
+        Returns:
+          New arrays: images uint8 [n, height, width, 3], labels int32 [n] and, if images are resized, their heights and
+          widths before that, int32 [n, 2]; else None.
 
-          Raises:
-            IndexError: if an index is out of range.
-            DataError: if a record cannot be read or its image has another shape.
-        ImageError: if the file of an image cannot be read any more.
+        Raises:
+          IndexError: if an index is out of range.
+          DataError: if a record cannot be read or its image has another shape.
+          ImageError: if the file of an image cannot be read any more.
         """
         index = np.asarray(index)
         if index.ndim != 1 or index.dtype.kind not in "iu":
@@ -83,27 +92,22 @@ class Source:
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"index out of range for the {len(self)} examples of {self._where}")
         images = np.empty((len(index), *self.image_shape), np.uint8)
-        labels = np.empty(len(index), np.int32)
+        labels, sizes = np.empty(len(index), np.int32), np.empty((len(index), 2), np.int32)
+        # Pillow works outside Python's lock; threads gain nothing for images of a few kilobytes.
+        apply = _threads().map if self.resized else map
+        decode = functools.partial(self._decode, shape=self.image_shape)
         for first in range(0, len(index), _BATCH):
             keys = index[first : first + _BATCH].tolist()
             try:
-                examples = self._records.__getitems__(keys)
-                labels[first : first + _BATCH] = [example["label"] for example in examples]
-                for row, pixels in enumerate(self._pixels([example["image"] for example in examples]), first):
-                    images[row] = pixels
+                for row, found in enumerate(apply(decode, self._records.__getitems__(keys)), first):
+                    images[row], sizes[row], labels[row] = found
             except (ImportError, ImageError):
                 raise
             except Exception as error:  # the type depends on the place of the damage
                 raise DataError(
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
-        return images, labels
-
-    def _pixels(self, encoded: list[Any]) -> Iterable[np.ndarray]:
-        """The decoded images in order; files are decoded by several threads, because Pillow works outside Python's lock."""
-        if self._decode is None:
-            return map(functools.partial(_decode_png, shape=self.image_shape), encoded)
-        return _threads().map(functools.partial(self._decode, shape=self.image_shape), encoded)
+        return Examples(images, labels, sizes if self.resized else None)
 
 
 @functools.cache
@@ -121,102 +125,33 @@ def shared_examples(a: Source, b: Source) -> int:
     )
 
 
-def open_split(
-    task: Task, split: str, data_dir: str | os.PathLike = "", image_size: int = 224, on_error: str = "raise"
-) -> Source:
-    """Opens a split of a task's prepared data or of the user's own images; never touches the network.
+def stored_shape(sizes: np.ndarray | None, image_size: int) -> tuple[int, int, int]:
+    """The shape in which all images of a data set are held, for a model with images of `image_size` pixels.
+
+    Images of one size, at most twice the model's, are held as they are; others as squares of twice the model's size, or of
+    the longest side of all images if that is shorter.
 
     Args:
-      task: as `vit_jax.data.tasks.task` returns it.
-      split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
-      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`. Not used for own images.
-      image_size: of the model's images in pixels; own images of other sizes are held at up to twice this size.
-      on_error: what to do with own images that cannot be read: "raise", or "skip" to leave them out.
-
-    Raises:
-      NotPrepared: if the data are not there; the message names the command that prepares them.
-      DataError: if the split does not exist or is empty, or if the data are damaged or other data than the task says.
+      sizes: heights and widths of all images, integers [n, 2]; None: not known.
+      image_size: of the model.
     """
-    if task.kind != "tfds":
-        return _open_own(task, split, image_size, on_error)
-    folder = find_prepared(task, data_dir)
-    if folder is None:
-        raise NotPrepared(
-            f"{task.name} is not prepared in {data_root(task, data_dir)}: run `{prepare_command(task, data_dir)}` "
-            "(offline, give it the downloaded archive with --archive FILE)"
-        )
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # the type depends on the damage
-        raise DataError(f"{folder} is damaged ({reason(error)}): delete it and prepare it again") from error
-    info = builder.info
-    if info.file_format.value != "array_record":
-        raise DataError(
-            f"{folder} holds {info.file_format.value} files, expected array_record, which can be read without TensorFlow: "
-            f"run `{prepare_command(task, data_dir='DIRECTORY')}` and set data_dir to that directory"
-        )
-    try:
-        examples = info.splits[split].num_examples
-    except Exception as error:  # KeyError, ValueError or AssertionError
-        raise _no_split(task, split, info.splits) from error
-    if examples <= 0:
-        raise DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
-    label = info.features["label"]
-    shape = info.features["image"].shape
-    if (label.num_classes, shape) != (task.num_classes, task.image_shape):
-        raise DataError(
-            f"{folder} holds images {shape} of {label.num_classes} classes, expected {task.image_shape} of {task.num_classes}"
-        )
-    try:
-        # `take` decodes: TFDS's decoder logs a warning if OpenCV is not installed, which is not needed.
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except Exception as error:
-        raise DataError(f"{folder} cannot be read ({reason(error)}): delete it and prepare it again") from error
-    ranges = [
-        (part.filename, part.skip, part.take if part.take >= 0 else part.examples_in_shard - part.skip)
-        for part in info.splits[split].file_instructions
-    ]
-    names = list(label.names or map(str, range(label.num_classes)))
-    return Source(records, f"{folder} ({split})", names, shape, ranges)
+    side = 2 * image_size
+    if sizes is not None:
+        longest = int(sizes.max())
+        if longest <= side and (sizes == sizes[0]).all():
+            return int(sizes[0, 0]), int(sizes[0, 1]), 3
+        side = min(longest, side)
+    return side, side, 3
 
 
-def _no_split(task: Task, split: str, names: Iterable[str]) -> DataError:
+def no_split(task: Task, split: str, names: Iterable[str]) -> DataError:
+    """The error for a split that does not exist."""
     return DataError(
         f"{task.name} has no split {split!r}: expected one of {', '.join(names)}, a slice of one such as 'train[:98%]' within "
         "its bounds, or a sum of slices such as 'train+test'"
     )
 
 
-def _open_own(task: Task, split: str, image_size: int, on_error: str) -> Source:
-    """Opens a split of a folder or a CSV file."""
-    import tensorflow_datasets as tfds
-
-    index = folders.index(task, on_error)
-    sizes = {name: types.SimpleNamespace(num_examples=len(part.labels)) for name, part in index.splits.items()}
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except Exception as error:  # ValueError or AssertionError
-        raise _no_split(task, split, index.splits) from error
-    chosen = [
-        (part.splitname, *slice(part.from_, part.to).indices(len(index.splits[part.splitname].labels))[:2]) for part in parts
-    ]
-    joined = folders.join([index.splits[name].rows(start, stop) for name, start, stop in chosen if start < stop])
-    if joined is None:
-        raise DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
-    shape = folders.stored_shape(index, image_size)
-    resized = None if (joined.sizes == shape[:2]).all() else joined.sizes
-    ranges = [(name, start, stop - start) for name, start, stop in chosen]
-    return Source(joined, f"{task.name} ({split})", index.class_names, shape, ranges, folders.decode, resized, index.skipped)
-
-
-def _decode_png(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns the image, uint8 [height, width, 3], of a PNG or JPEG file."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(file)) as image:
-        pixels = np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
-    if pixels.shape != shape:
-        raise ValueError(f"an image has the shape {pixels.shape}, expected {shape}")
-    return pixels
+def empty_split(task: Task, split: str) -> DataError:
+    """The error for a split without examples."""
+    return DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")

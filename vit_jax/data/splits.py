@@ -1,12 +1,34 @@
-"""The training and the test split of a task, opened together, and what must be known about both."""
+"""The splits of a task, wherever its images come from, and what must be known about those of a run."""
 
 import os
 from collections.abc import Iterator
 
 from vit_jax.config import Data
+from vit_jax.data import folders, prepared
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import Source, open_split, shared_examples
+from vit_jax.data.sources import Source, shared_examples
 from vit_jax.data.tasks import Task
+
+
+def open_split(
+    task: Task, split: str, data_dir: str | os.PathLike = "", image_size: int = 224, on_error: str = "raise"
+) -> Source:
+    """Opens a split of a task's prepared data or of the user's own images; never touches the network.
+
+    Args:
+      task: as `vit_jax.data.tasks.task` returns it.
+      split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
+      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`. Not used for own images.
+      image_size: of the model's images in pixels; images of other sizes are held at up to twice this size.
+      on_error: what to do with own images that cannot be read: "raise", or "skip" to leave them out.
+
+    Raises:
+      NotPrepared: if the data are not there; the message names the command that prepares them.
+      DataError: if the split does not exist or is empty, or if the data are damaged or other data than the task says.
+    """
+    if task.kind == "tfds":
+        return prepared.open_split(task, split, data_dir, image_size)
+    return folders.open_split(task, split, image_size, on_error)
 
 
 def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> tuple[Source, Source]:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+from typing import Any
 
 from vit_jax.errors import DataError, UserError
 from vit_jax.files import expand_user
@@ -71,6 +72,10 @@ class Task:
       image_shape: (height, width, 3) of every image; of own images empty.
       mean, std: of the channels of the training images, pixels scaled to [0, 1]; of own images empty: they are not known.
       train_split, test_split: the default splits, in TFDS's language.
+      validation: (the part of train_split to train on, the part to validate on) where hyper-parameters are chosen.
+      label: the feature of TFDS that is the label, or the name of a rule of `labels.RULES` that derives it.
+      group: of VTAB's tasks: "natural", "specialized" or "structured"; "" of others.
+      manual: what the user must download by hand before TFDS can prepare the data; "" if nothing.
       data_dir: the directory with the data if they come with the package; "" otherwise.
       archive: the archive that `vit_jax.data.prepare` makes the data from; None if it cannot make them.
       excerpt: the part of the archive that is used; None for all of it.
@@ -85,6 +90,10 @@ class Task:
     std: tuple[float, ...] = ()
     train_split: str = "train"
     test_split: str = "test"
+    validation: tuple[str, str] = ("train[:90%]", "train[90%:]")
+    label: str = "label"
+    group: str = ""
+    manual: str = ""
     data_dir: str = ""
     archive: Archive | None = None
     excerpt: Excerpt | None = None
@@ -111,6 +120,54 @@ _CIFAR100 = Archive(
         "train": "7077d87fc363f92dbf1245f13ba80561d7b33a96c79ad57168d49dc172aaa92b",
         "test": "96adb3db8da7632dbb350559a17b9f585fab5b17675de5fc8f6761384196b294",
     },
+)
+
+_TRAIN_VALIDATION = ("train", "validation")
+# Data sets with one split, of which the last part is the test.
+_SIXTY_TWENTY_TWENTY: dict[str, Any] = dict(
+    train_split="train[:80%]", test_split="train[80%:]", validation=("train[:60%]", "train[60%:80%]")
+)
+_EIGHTY_TEN_TEN: dict[str, Any] = dict(
+    train_split="train[:90%]", test_split="train[90%:]", validation=("train[:80%]", "train[80%:90%]")
+)
+_NORB: dict[str, Any] = dict(train_split="train+test[:50%]", test_split="test[50%:]", validation=("train", "test[:50%]"))
+
+
+def _vtab(name: str, builder: str, num_classes: int, group: str, **fields: Any) -> Task:
+    """A row of VTAB: one task of a data set, with its images at any size; `fields` are those of Task."""
+    if fields.get("validation") == _TRAIN_VALIDATION:
+        fields["train_split"] = "train+validation"
+    return Task(name, builder, num_classes, group=group, **fields)
+
+
+# VTAB's other 18 tasks. Splits and derived labels: google-research/task_adaptation, task_adaptation/data/*.py, of which
+# "trainval" is the training split here; TFDS's percentages give the same numbers of images. Metric of all: accuracy.
+_VTAB = (
+    _vtab("caltech101", "caltech101", 102, "natural"),
+    _vtab("dtd", "dtd", 47, "natural", validation=_TRAIN_VALIDATION),
+    _vtab("flowers102", "oxford_flowers102", 102, "natural", validation=_TRAIN_VALIDATION),
+    _vtab("pets", "oxford_iiit_pet", 37, "natural", validation=("train[:80%]", "train[80%:]")),
+    _vtab("sun397", "sun397/tfds", 397, "natural", validation=_TRAIN_VALIDATION),
+    _vtab("svhn", "svhn_cropped", 10, "natural"),
+    _vtab("camelyon", "patch_camelyon", 2, "specialized", validation=_TRAIN_VALIDATION),
+    _vtab("eurosat", "eurosat/rgb", 10, "specialized", **_SIXTY_TWENTY_TWENTY),
+    _vtab("resisc45", "resisc45", 45, "specialized", manual="NWPU-RESISC45.rar", **_SIXTY_TWENTY_TWENTY),
+    _vtab(
+        "retinopathy",
+        "diabetic_retinopathy_detection/btgraham-300",
+        5,
+        "specialized",
+        validation=_TRAIN_VALIDATION,
+        manual="train.zip.*, test.zip.* and the labels of Kaggle's diabetic-retinopathy-detection",
+    ),
+    _vtab("clevr_count", "clevr", 8, "structured", label="clevr_count", test_split="validation"),
+    _vtab("clevr_distance", "clevr", 6, "structured", label="clevr_distance", test_split="validation"),
+    _vtab("dmlab", "dmlab", 6, "structured", validation=_TRAIN_VALIDATION),
+    _vtab("dsprites_location", "dsprites", 16, "structured", label="dsprites_location", **_EIGHTY_TEN_TEN),
+    _vtab("dsprites_orientation", "dsprites", 16, "structured", label="dsprites_orientation", **_EIGHTY_TEN_TEN),
+    _vtab("kitti_distance", "kitti", 4, "structured", label="kitti_distance", validation=_TRAIN_VALIDATION),
+    _vtab("smallnorb_azimuth", "smallnorb", 18, "structured", label="label_azimuth", **_NORB),
+    _vtab("smallnorb_elevation", "smallnorb", 9, "structured", label="label_elevation", **_NORB),
 )
 
 _ROWS = (
@@ -149,12 +206,23 @@ _ROWS = (
         mean=(0.5071, 0.4867, 0.4408),  # as the report's; measured: 0.50708 0.48655 0.44092
         std=(0.2675, 0.2565, 0.2761),
         archive=_CIFAR100,
+        group="natural",
+    ),
+    *_VTAB,
+    Task(
+        "imagenet2012",
+        "imagenet2012",
+        1000,
+        test_split="validation",
+        validation=("train[:99%]", "train[99%:]"),
+        manual="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of https://image-net.org",
     ),
 )
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 
-OWN_IMAGES = {
+OTHERS = {
+    "tfds": "tfds:NAME, any data set of TFDS with an image and a label, such as tfds:food101",
     "folder": "folder:PATH, a folder with a folder of images for each class, or with such folders in train/ and test/",
     "csv": "csv:PATH, a CSV file with the columns path, label and, optionally, split",
 }
@@ -162,19 +230,21 @@ TEST_SPLITS = ("test", "val", "valid", "validation")  # names of what is evaluat
 
 
 def task(name: str) -> Task:
-    """Returns the task of this name: a row of TASKS, or the user's own images, such as "folder:photos" or "csv:photos.csv".
+    """Returns the task of this name: a row of TASKS, or one of OTHERS, such as "folder:photos" or "tfds:food101".
 
     Raises:
-      DataError: if there is none; the message lists the tasks and suggests the nearest name.
+      DataError: if there is none; the message suggests the nearest name.
     """
     if name in TASKS:
         return TASKS[name]
     kind, _, location = name.partition(":")
-    if kind in OWN_IMAGES:
+    if kind == "tfds" and re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)?", location):
+        return Task(name, location)
+    if kind in OTHERS:
         return _own_images(name, kind, location)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"there is no task {name!r}: expected one of {', '.join([*TASKS, *OWN_IMAGES.values()])}{hint}")
+    raise DataError(f"there is no task {name!r}{hint}: `vit_jax data list` shows all, and how to name your own images")
 
 
 def _own_images(name: str, kind: str, location: str) -> Task:
@@ -186,7 +256,7 @@ def _own_images(name: str, kind: str, location: str) -> Task:
     if path is None or not (path.is_dir() if kind == "folder" else path.is_file()):
         here = f"; {path} is not one" if path is not None and path.exists() else ""
         raise DataError(
-            f"{name}: there is no {'folder' if kind == 'folder' else 'file'} {location!r}; expected {OWN_IMAGES[kind]}{here}"
+            f"{name}: there is no {'folder' if kind == 'folder' else 'file'} {location!r}; expected {OTHERS[kind]}{here}"
         )
     if kind == "folder":
         names = {entry.name for entry in path.iterdir() if entry.is_dir()} if (path / "train").is_dir() else set()

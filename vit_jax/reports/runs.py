@@ -23,7 +23,8 @@ from vit_jax.checkpoints.download import FOLDER_WEIGHTS, RUN_WEIGHTS, local
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check
 from vit_jax.config_files import from_json
-from vit_jax.data.sources import Source, open_split
+from vit_jax.data.sources import Source
+from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
 from vit_jax.files import sha256

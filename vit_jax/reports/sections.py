@@ -91,10 +91,10 @@ def training_figures(run: Run) -> Iterator[CaptionedFigure]:
     """Yields the first images of the first batch, as stored and as the run's own transforms give them to the model."""
     config, source = run.config, run.train
     index = next(batches.train(len(source), config.training.batch_size, config.seed))[:_GRID]
-    originals, labels = source.take(index)
+    originals, labels, sizes = source.read(index)
     keys = example_keys(stream(config.seed, AUGMENT), 0, jnp.arange(len(index), dtype=jnp.int32))
     transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))
-    images, _ = transform(keys, originals, labels, None if source.sizes is None else jnp.asarray(source.sizes[index]))
+    images, _ = transform(keys, originals, labels, None if sizes is None else jnp.asarray(sizes))
     names = [printable(source.class_names[label]) for label in labels]
     caption = (
         "The first images of the first batch. In each pair, the left image is as stored; the right image is exactly what the "

@@ -24,9 +24,8 @@ class Feed:
     def __init__(self, source: Source, layout: Layout, budget: int):
         self.source, self.layout, self.data = source, layout, None
         if source.nbytes <= budget:
-            images, self._labels = source.take(np.arange(len(source)))
-            sizes = {} if source.sizes is None else {"sizes": source.sizes}
-            self.data = layout.put({"images": images, "labels": self._labels, **sizes})
+            images, self._labels, sizes = source.read(np.arange(len(source)))
+            self.data = layout.put({"images": images, "labels": self._labels} | ({} if sizes is None else {"sizes": sizes}))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,8 +56,7 @@ class Feed:
             return
 
         def read(item):
-            images, labels = self.source.take(item[0])
-            sizes = None if self.source.sizes is None else self.source.sizes[item[0]]
+            images, labels, sizes = self.source.read(item[0])
             return Batch(images=images, labels=labels, sizes=sizes), labels, item[1]
 
         with ThreadPoolExecutor(1, "feed") as pool:

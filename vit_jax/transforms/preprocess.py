@@ -54,7 +54,8 @@ def for_training(
         keys: jax.Array, images: jax.Array, labels: jax.Array, sizes: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         _check(images)
-        batch, height, width = (*images.shape[:1], *(images.shape[1:3] if sizes is None else sizes.T))
+        batch = images.shape[0]
+        height, width = images.shape[1:3] if sizes is None else (sizes[:, 0], sizes[:, 1])
         if augment.crop == "none":
             boxes = jnp.stack([jnp.broadcast_to(jnp.asarray(edge, jnp.int32), batch) for edge in (0, 0, height, width)], axis=1)
         else:

@@ -125,20 +125,32 @@ def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be read ({reason(root_cause(error))})") from None
 
 
-def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns (height, width) of an image file as it is shown, in pixels, and decodes it completely, to find damage.
+def fitted(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
+    """Returns an image as `open_image` does, resized with antialiasing to (height, width): uint8 [height, width, 3]."""
+    image = open_image(source, size, name)
+    if image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
-    Raises:
-      ImageError: as `open_image`.
-    """
-    name = os.fspath(path)
-    open_image(path, (32, 32), name)  # at a fraction of its size, which needs less memory
-    with Image.open(path, formats=_formats()) as image:
+
+def shown_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Returns (height, width) in pixels of an image file as it is shown, turned as its EXIF data say; reads only its head."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
         width, height = image.size
         turned = False
         with contextlib.suppress(Exception):  # damaged data raise errors of many types
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def checked_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns the size as `shown_size` does, after decoding the file completely, to find damage.
+
+    Raises:
+      ImageError: as `open_image`.
+    """
+    open_image(path, (32, 32), os.fspath(path))  # at a fraction of its size, which needs less memory
+    return shown_size(path)
 
 
 def fetch(address: str) -> bytes:

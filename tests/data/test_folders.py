@@ -178,11 +178,11 @@ def test_index_decodes_only_files_that_changed(photos, monkeypatch):
     folders.index(row)
     decoded = []
 
-    def size_of(path):
+    def checked_size(path):
         decoded.append(Path(path).name)
         return 1, 1
 
-    monkeypatch.setattr(images, "size_of", size_of)
+    monkeypatch.setattr(images, "checked_size", checked_size)
     folders.index(row)
     assert not decoded
     os.utime(photos / "ant" / "1.png", (1, 1))

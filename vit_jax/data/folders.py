@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vit_jax import images
-from vit_jax.data.sources import Decoded, Source, empty_split, no_split, stored_shape
+from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
 from vit_jax.data.tasks import TEST_SPLITS, Task
 from vit_jax.errors import DataError, ImageError, printable, reason
 from vit_jax.files import cache_root, whole_file
@@ -213,7 +211,7 @@ def _decode_all(root: Path, paths: list[str]) -> dict[str, _Entry]:
         if known and tuple(known[:2]) == key and len(known) == 5 and not known[4]:
             return known
         try:
-            return *key, *images.size_of(path), ""
+            return *key, *images.checked_size(path), ""
         except ImageError as error:
             return *key, 0, 0, str(error).removeprefix(path).strip().removeprefix("cannot be read").strip(" ()") or "unreadable"
 
@@ -229,37 +227,22 @@ def _decode_all(root: Path, paths: list[str]) -> dict[str, _Entry]:
     return entries
 
 
-def _join(parts: Sequence[Split]) -> Split | None:
-    """The images of several splits, one after the other; None if there are no parts."""
-    if not parts:
-        return None
+def _join(parts: Sequence[Split]) -> Split:
+    """The images of several splits, one after the other."""
     paths = [path for part in parts for path in part.paths]
     return Split(paths, np.concatenate([part.labels for part in parts]), np.concatenate([part.sizes for part in parts]))
 
 
 def open_split(task: Task, split: str, image_size: int, on_error: str) -> Source:
     """Opens a split of a folder or a CSV file; arguments as of `splits.open_split`."""
-    import tensorflow_datasets as tfds
-
     found = index(task, on_error)
-    counts = {name: types.SimpleNamespace(num_examples=len(part)) for name, part in found.splits.items()}
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(counts)
-    except Exception as error:  # ValueError or AssertionError
-        raise no_split(task, split, found.splits) from error
-    chosen = [(part.splitname, *slice(part.from_, part.to).indices(len(found.splits[part.splitname]))[:2]) for part in parts]
-    joined = _join([found.splits[name].rows(start, stop) for name, start, stop in chosen if start < stop])
-    if joined is None:
-        raise empty_split(task, split)
+    parts = resolve(task, split, {name: len(part) for name, part in found.splits.items()})
+    joined = _join([found.splits[name].rows(start, stop) for name, start, stop in parts])
     shape = stored_shape(np.concatenate([part.sizes for part in found.splits.values()]), image_size)
     resized = not (joined.sizes == shape[:2]).all()
-    ranges = [(name, start, stop - start) for name, start, stop in chosen]
+    ranges = [(name, start, stop - start) for name, start, stop in parts]
     return Source(joined, f"{task.name} ({split})", found.class_names, shape, ranges, _decode, resized, found.skipped)
 
 
 def _decode(example: dict[str, Any], shape: tuple[int, int, int]) -> Decoded:
-    height, width, _ = shape
-    image = images.open_image(example["image"], (height, width), example["image"])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image), example["size"], example["label"]
+    return images.fitted(example["image"], shape[:2], example["image"]), example["size"], example["label"]

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -107,6 +108,11 @@ class Source:
                 raise DataError(
                     f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
                 ) from error
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise DataError(
+                f"{self._where} has labels from {labels.min()} to {labels.max()}, expected 0 to {self.num_classes - 1}: the "
+                "split is not labelled, or damaged"
+            )
         return Examples(images, labels, sizes if self.resized else None)
 
 
@@ -155,3 +161,28 @@ def no_split(task: Task, split: str, names: Iterable[str]) -> DataError:
 def empty_split(task: Task, split: str) -> DataError:
     """The error for a split without examples."""
     return DataError(f"split {split!r} of {task.name} is empty: expected a slice with at least one example")
+
+
+def resolve(task: Task, split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The parts of a split in TFDS's language, not empty: (name of the split, first example, end).
+
+    Args:
+      task: named by errors.
+      split: such as "train[:90%]+test".
+      counts: examples of each split that there is.
+
+    Raises:
+      DataError: if the split does not exist or is empty.
+    """
+    import tensorflow_datasets as tfds
+
+    known = {name: types.SimpleNamespace(num_examples=count) for name, count in counts.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+    except Exception as error:  # ValueError or AssertionError
+        raise no_split(task, split, counts) from error
+    chosen = [(part.splitname, *slice(part.from_, part.to).indices(counts[part.splitname])[:2]) for part in parts]
+    chosen = [(name, start, stop) for name, start, stop in chosen if start < stop]
+    if not chosen:
+        raise empty_split(task, split)
+    return chosen

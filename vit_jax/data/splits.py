@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from vit_jax.config import Data
-from vit_jax.data import folders, prepared
+from vit_jax.data import folders, hub, prepared
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, shared_examples
 from vit_jax.data.tasks import Task
@@ -28,6 +28,8 @@ def open_split(
     """
     if task.kind == "tfds":
         return prepared.open_split(task, split, data_dir, image_size)
+    if task.kind == "hub":
+        return hub.open_split(task, split, image_size)
     return folders.open_split(task, split, image_size, on_error)
 
 

@@ -79,7 +79,7 @@ class Task:
       data_dir: the directory with the data if they come with the package; "" otherwise.
       archive: the archive that `vit_jax.data.prepare` makes the data from; None if it cannot make them.
       excerpt: the part of the archive that is used; None for all of it.
-      kind: "tfds", or for own images "folder" or "csv".
+      kind: "tfds", "hub", or for own images "folder" or "csv".
     """
 
     name: str
@@ -222,6 +222,8 @@ TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 
 OTHERS = {
+    "hub": "hub:NAME[:CONFIGURATION], a data set of the Hugging Face hub such as hub:uoft-cs/cifar100, or a local parquet file "
+    "or folder; needs the extra `hub`",
     "tfds": "tfds:NAME, any data set of TFDS with an image and a label, such as tfds:food101",
     "folder": "folder:PATH, a folder with a folder of images for each class, or with such folders in train/ and test/",
     "csv": "csv:PATH, a CSV file with the columns path, label and, optionally, split",
@@ -240,7 +242,9 @@ def task(name: str) -> Task:
     kind, _, location = name.partition(":")
     if kind == "tfds" and re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)?", location):
         return Task(name, location)
-    if kind in OTHERS:
+    if kind == "hub" and location:
+        return Task(name, location, kind="hub")
+    if kind in ("folder", "csv"):
         return _own_images(name, kind, location)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

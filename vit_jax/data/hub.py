@@ -1,0 +1,141 @@
+"""Data sets of the Hugging Face hub and local ones in its formats, memory-mapped, without TensorFlow; needs the extra `hub`."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax import images
+from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
+from vit_jax.data.tasks import Task
+from vit_jax.errors import DataError, reason
+
+_SAMPLE = 1000  # images whose sizes are looked at before those of all
+
+
+def open_split(task: Task, split: str, image_size: int) -> Source:
+    """Opens a split of a task such as "hub:uoft-cs/cifar100"; arguments and errors as of `splits.open_split`.
+
+    The columns are those with the types Image and ClassLabel, or as named: "hub:uoft-cs/cifar100@img,fine_label". Of several
+    labels the one called "label" is taken, else the one with the most classes. A column of text or of whole numbers can be
+    named as the label, too.
+    """
+    found = _load(task.builder)
+    import datasets
+
+    parts = resolve(task, split, {name: len(part) for name, part in found.items()})
+    image, label, names, numbers = _columns(task, found)
+    joined = datasets.concatenate_datasets([found[name].select(range(start, stop)) for name, start, stop in parts])
+    joined = joined.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+    shape, resized = _shape(found, image, image_size)
+    decode = functools.partial(_decode, image=image, label=label, numbers=numbers)
+    ranges = [(name, start, stop - start) for name, start, stop in parts]
+    return Source(joined, f"{task.name} ({split})", names, shape, ranges, decode, resized)
+
+
+@functools.lru_cache(2)
+def _load(location: str) -> Any:
+    """The splits of a data set: name → datasets.Dataset."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"hub:{location} needs the package datasets: pip install 'vit_jax[hub]', or pip install datasets"
+        ) from None
+    name = location.partition("@")[0]
+    path = Path(name).expanduser()
+    datasets.disable_progress_bars()
+    try:
+        if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(str(path))
+        elif path.exists():
+            found = datasets.load_dataset("parquet", data_files=_parquet_files(path))
+        else:
+            repository, _, configuration = name.partition(":")
+            found = datasets.load_dataset(repository, configuration or None)
+    except DataError:
+        raise
+    except Exception as error:  # of the network, the server and the files: they share no type
+        raise DataError(
+            f"hub:{location} cannot be opened ({reason(error)}): expected the name of a data set on the Hugging Face hub, a "
+            "parquet file, a folder of these, or a folder of save_to_disk"
+        ) from None
+    finally:
+        datasets.enable_progress_bars()
+    return found if isinstance(found, dict) else {"train": found}
+
+
+def _parquet_files(path: Path) -> dict[str, list[str]]:
+    """Split → parquet files, by the first word of their names, as in "train-00000-of-00002.parquet"; else all are "train"."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files or any(file.suffix != ".parquet" for file in files):
+        raise DataError(f"hub:{path}: there is no parquet file")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        word = re.split(r"[-_.]", file.name)[0]
+        known = word in ("train", "test", "validation", "val", "valid", "dev") and len(files) > 1
+        splits.setdefault(word if known else "train", []).append(str(file))
+    return splits
+
+
+def _columns(task: Task, found: Any) -> tuple[str, str, list[str], dict[Any, int] | None]:
+    """The columns of the image and of the label, the names of the classes, and value → label if it is not the label itself."""
+    import datasets
+
+    features = next(iter(found.values())).features
+    named = [name for name in task.builder.partition("@")[2].split(",") if name]
+    missing = [name for name in named if name not in features]
+    if missing or len(named) not in (0, 2):
+        raise DataError(
+            f"{task.name}: there is no column {', '.join(missing or named)}; after @ give the columns of the image and of the "
+            f"label, among {', '.join(features)}"
+        )
+    pictured = named[:1] or [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = {name: kind.num_classes for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    labelled = named[1:] or [name for name in labels if name == "label"] or sorted(labels, key=lambda name: -labels[name])
+    if len(pictured) != 1 or not labelled:
+        raise DataError(
+            f"{task.name} has {len(pictured)} columns of images and {len(labels)} of class labels: name one of each, as in "
+            f"hub:NAME@image,label, among {', '.join(features)}"
+        )
+    image, label = pictured[0], labelled[0]
+    if not isinstance(features[image], datasets.Image):
+        raise DataError(f"{task.name}: the column {image} does not hold images, but {features[image]}")
+    if label in labels:
+        return image, label, list(features[label].names), None
+    values = sorted(
+        {value for part in found.values() for value in part.unique(label)}, key=lambda value: (str(type(value)), value)
+    )
+    if not all(isinstance(value, str | int) for value in values):
+        raise DataError(f"{task.name}: the column {label} holds neither classes, text nor whole numbers, but {features[label]}")
+    return image, label, list(map(str, values)), {value: number for number, value in enumerate(values)}
+
+
+def _shape(found: Any, column: str, image_size: int) -> tuple[tuple[int, int, int], bool]:
+    """The shape in which images are held, and whether some are resized to it; reads only the heads of the files."""
+    import datasets
+
+    sizes: list[tuple[int, int]] = []
+    for limit in (_SAMPLE, None):
+        for part in found.values():
+            part = part.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+            for row in part.select(range(min(limit or len(part), len(part)))):
+                sizes.append(images.shown_size(_bytes(row[column])))
+        if len(set(sizes)) > 1:
+            return stored_shape(None, image_size), True
+    shape = stored_shape(np.array(sizes), image_size)
+    return shape, shape[:2] != sizes[0]
+
+
+def _bytes(value: dict[str, Any]) -> bytes:
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+
+def _decode(
+    example: dict[str, Any], shape: tuple[int, int, int], image: str, label: str, numbers: dict[Any, int] | None
+) -> Decoded:
+    content, value = _bytes(example[image]), example[label]
+    pixels = images.fitted(content, shape[:2], "an image")
+    return pixels, images.shown_size(content), numbers[value] if numbers else value

@@ -150,7 +150,7 @@ SUITES = {
     "gpu": {
         "train-256": f"train {_GPU} --batch 256 --peer {_TIMM}",
         "train-512": f"train {_GPU} --batch 512 --peer {_BEST}",
-        "train-1024": f"train {_GPU} --batch 1024 --accumulation 2",
+        "train-1024": f"train {_GPU} --batch 1024 --grad_accum_steps 2",
         "inference-256": f"inference {_GPU} --batch 256 --peer {_TIMM}",
         "attention": f"train {_GPU} --batch 256 --attention cudnn,xla",
         "evaluation": f"evaluation {_GPU} --batch 256",

@@ -52,3 +52,9 @@ def prepared_cifar100(shared, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tfds")
     prepare(TASKS["cifar100"], shared / "data" / "cifar-100-binary.tar.xz", data_dir)
     return data_dir
+
+
+@pytest.fixture
+def demo():
+    """The command line of the demo's training."""
+    return ["main.py", "--config", str(ROOT / "configs" / "demo.py")]

@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=_positive, default=64, help="number of images (64)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="type of the computation (float32)")
     add("--attention", default="auto", type=_list, help="auto, xla or cudnn; several, separated by commas, are compared")
-    add("--accumulation", type=_positive, default=1, help="number of microbatches of our batch (1)")
+    add("--grad_accum_steps", type=_positive, default=1, help="number of microbatches of our batch (1)")
     add("--remat", action="store_true", help="rematerialise the blocks in the backward pass")
     add("--rounds", type=_positive, default=9, help="number of rounds; the median is given (9)")
     add("--peer", default=[], type=_list, help="timm or original, with options, as in timm+bf16+compile; several by commas")

@@ -49,13 +49,13 @@ class Work:
     dtype: str = "float32"
     attention: str = "auto"
     remat: bool = False
-    accumulation: int = 1
+    grad_accum_steps: int = 1
 
     @classmethod
     def of(cls, options: argparse.Namespace, kind: str, attention: str = "") -> "Work":
         """The work that a command line asks for; `attention` replaces the first one that it names."""
         fields = (options.model, options.size, options.batch, options.dtype, attention or options.attention[0])
-        return cls(kind, *fields, options.remat, options.accumulation)
+        return cls(kind, *fields, options.remat, options.grad_accum_steps)
 
     def build(self) -> VisionTransformer:
         """The model, with XLA's attention; ValueError if there is none, or if its patches do not divide the images."""
@@ -83,7 +83,7 @@ class Ours:
     def __init__(self, work: Work, num_images: int = 10_000, model: Any = None):
         model = model or work.build()
         self.work, self.layout = work, devices.start(Run())
-        self.layout.check(work.batch, work.accumulation)
+        self.layout.check(work.batch, work.grad_accum_steps)
         images = jnp.zeros((1, work.size, work.size, 3))
         params = jax.jit(lambda key: model.init(key, images)["params"])(stream(SEED, INIT))
         tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
@@ -101,7 +101,7 @@ class Ours:
         compiled: Any = self.step if train else self.predict
         current = self.layout.put(self.state if train else self.state.params)
         batch, _, _ = next(self.feed.evaluation(work.batch))
-        batches = self.feed.train(work.batch, work.accumulation, SEED, 0) if train else itertools.repeat(batch)
+        batches = self.feed.train(work.batch, work.grad_accum_steps, SEED, 0) if train else itertools.repeat(batch)
 
         def unit() -> Any:
             nonlocal current
@@ -153,7 +153,7 @@ def compare(kind: str, options: argparse.Namespace) -> Result:
         low, high = np.percentile(seconds, (25, 75)).tolist()
         row: dict[str, Any] = dict(name=name, model=work.model, size=work.size, batch=work.batch)
         row |= dict(dtype=work.dtype if name in mine else dtype, attention=about.get("attention"), remat=work.remat)
-        row |= dict(accumulation=work.accumulation, rounds=len(seconds), seconds=median, seconds_low=low, seconds_high=high)
+        row |= dict(accumulation=work.grad_accum_steps, rounds=len(seconds), seconds=median, seconds_low=low, seconds_high=high)
         row |= dict(images_per_second=work.batch / median, flops=operations, flops_per_second=operations / median)
         row |= dict(memory=about["memory"], planned=about.get("planned"))
         rows.append(row | dict(ratio=ratio(timings[mine[0]], seconds) if name != mine[0] else None))

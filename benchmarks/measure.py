@@ -81,7 +81,7 @@ def enough(contestant: Contestant, least: float) -> int:
 def interleave(
     contestants: Mapping[str, Contestant], rounds: int, warmup: int = 1, least: float = 0.0, pause: float = 0.0
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times every contestant once in each round, in an order that turns by one place a round.
+    """Times every contestant once in each round. Each round begins with another contestant.
 
     Args:
       contestants: by name. One that raises UserError does not take part in the following rounds.

@@ -88,7 +88,7 @@ def render(page: str, folder: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The device, the processor and the versions of what is measured. From here on JAX holds the device."""
+    """The device, the processor and the versions of what is measured. JAX then holds the device until this process ends."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

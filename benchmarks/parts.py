@@ -93,7 +93,7 @@ def _startup(options: argparse.Namespace) -> Result:
         fields = {"model.checkpoint": weights, "data.image_size": options.size, "training.batch_size": options.batch}
         fields |= {"model.dtype": options.dtype, "training.save_every": 1}  # a save writes metrics.jsonl
         arguments = ["--config=configs/demo.py", *(f"--config.{field}={value}" for field, value in fields.items())]
-        for cache, number in (("cold", 1), ("warm", 3)):
+        for cache, number in (("cold", 1), ("warm", min(3, options.rounds))):
             runs = [Path(folder) / f"{cache}{i}" for i in range(number)]
             variables = dict(VIT_JAX_CACHE=f"{folder}/cache")
             seconds = [_main_until(run / "metrics.jsonl", *arguments, f"--workdir={run}", **variables) for run in runs]
@@ -150,7 +150,7 @@ SUITES = {
     "gpu": {
         "train-256": f"train {_GPU} --batch 256 --peer {_TIMM}",
         "train-512": f"train {_GPU} --batch 512 --peer {_BEST}",
-        "train-1024": f"train {_GPU} --batch 1024 --accumulation 2",
+        "train-1024": f"train {_GPU} --batch 1024 --grad_accum_steps 2",
         "inference-256": f"inference {_GPU} --batch 256 --peer {_TIMM}",
         "attention": f"train {_GPU} --batch 256 --attention cudnn,xla",
         "evaluation": f"evaluation {_GPU} --batch 256",

@@ -45,10 +45,19 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_cifar100(shared, tmp_path_factory):
-    """The TFDS directory that holds the real CIFAR-100."""
+    """The TFDS directory that holds the real CIFAR-100, which all test processes of a session share."""
     from vit_jax.data.prepare import prepare
     from vit_jax.data.tasks import TASKS
 
-    data_dir = tmp_path_factory.mktemp("tfds")
+    folder = tmp_path_factory.getbasetemp()
+    data_dir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tfds"
+    data_dir.mkdir(exist_ok=True)
+    # The first process prepares the data; the others wait for it.
     prepare(TASKS["cifar100"], shared / "data" / "cifar-100-binary.tar.xz", data_dir)
     return data_dir
+
+
+@pytest.fixture
+def demo():
+    """The command line of the demo's training."""
+    return ["main.py", "--config", str(ROOT / "configs" / "demo.py")]

@@ -91,6 +91,17 @@ def test_contributing_tree_lists_every_file_of_the_package():
     assert listed - files == set(), "files that CONTRIBUTING.md lists and that do not exist"
 
 
+def test_every_module_has_its_test_file():
+    elsewhere = {"vit_jax/interop/peers.py": "tests/peers/test_peers.py"}  # there are all tests that need PyTorch
+    modules = [path.relative_to(ROOT) for path in (ROOT / "vit_jax").rglob("*.py") if path.name != "__init__.py"]
+    assert elsewhere.keys() <= {module.as_posix() for module in modules}
+    wanted = [
+        elsewhere.get(module.as_posix()) or Path("tests", *module.parts[1:-1], f"test_{module.stem.strip('_')}.py")
+        for module in modules
+    ]
+    assert [str(path) for path in wanted if not (ROOT / path).is_file()] == []
+
+
 def test_pre_commit_hooks_run_the_tools_of_the_project():
     text = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"repo: (\S+)", text) == ["local"]

@@ -24,6 +24,7 @@ def run(*arguments: str, workdir: Path) -> dict[str, float]:
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.demo
 def test_demo_gains_from_pre_training(tmp_path):
     """The first steps of configs/demo.py; all its steps reach its `run.expected`."""
     short = ("--config", "configs/demo.py", "--config.training.steps=16", "--config.optimizer.warmup_steps=2")
@@ -46,8 +47,8 @@ def test_vit_b16_fine_tunes_on_cifar100_at_224_pixels(prepared_cifar100, tmp_pat
     np.savez(tmp_path / "ViT-B_16.npz", **flat)
     last = run(
         *("--config", "configs/cifar100_b16.py", f"--config.model.checkpoint={tmp_path / 'ViT-B_16.npz'}"),
-        *(f"--config.run.data_dir={prepared_cifar100}", "--config.data.test_split=test[:64]"),
-        *("--config.training.steps=3", "--config.training.batch_size=4", "--config.optimizer.warmup_steps=1"),
+        *(f"--config.run.data_dir={prepared_cifar100}", "--config.data.test_split=test[:16]"),
+        *("--config.training.steps=3", "--config.training.batch_size=2", "--config.optimizer.warmup_steps=1"),
         workdir=tmp_path / "run",
     )
     assert last["step"] == 3 and np.isfinite(last["train/loss"]) and np.isfinite(last["test/loss"])
@@ -56,4 +57,4 @@ def test_vit_b16_fine_tunes_on_cifar100_at_224_pixels(prepared_cifar100, tmp_pat
         assert set(final.files) == {*flat, "head/kernel", "head/bias"}
         assert not np.array_equal(final["cls"], flat["cls"])
     with np.load(tmp_path / "run" / "predictions.npz") as predictions:
-        assert predictions["logits"].shape == (64, 100)
+        assert predictions["logits"].shape == (16, 100)

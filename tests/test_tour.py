@@ -134,7 +134,7 @@ def test_notebook_runs_and_its_text_is_true(tour):
 
     cells, text = sources(tour, "code"), " ".join("\n".join(sources(tour, "markdown").values()).split())
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = run_cells(cells, XLA_FLAGS=os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+    found = run_cells(cells, XLA_FLAGS="")  # optimised, on one device: it trains more than it compiles
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "Warning" not in found["stderr"]
 

@@ -92,6 +92,7 @@ def _run(config: Any, values: Any) -> int:
 
     from vit_jax import runtime
     from vit_jax.errors import reason
+    from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
     from vit_jax.training import command, loop, preview
 
     runtime.prepare()
@@ -107,7 +108,7 @@ def _run(config: Any, values: Any) -> int:
                 print(f"stopped and saved in {workdir}; run the same command again to continue", file=sys.stderr)
                 return 128 + (getattr(result, "signal", 0) or signal.SIGINT)
             print(command.report(config, result.metrics))
-            print(f"Weights: {workdir / 'best.npz'} (best), {workdir / 'final.npz'} (last)")
+            print(f"Weights: {workdir / BEST_WEIGHTS} (best), {workdir / FINAL_WEIGHTS} (last)")
             write_page(workdir)
     except OSError as error:
         if error.filename is None and not isinstance(error, BrokenPipeError) and error.errno is not None:

@@ -14,6 +14,9 @@ from typing import BinaryIO
 from vit_jax.errors import UserError
 
 _log = logging.getLogger("vit_jax")
+
+# What a run leaves in its folder: the weights of its last step and of its best evaluation.
+FINAL_WEIGHTS, BEST_WEIGHTS = "final.npz", "best.npz"
 _SCRATCH = re.compile(r"\.(.+)\.\d+(?:-[0-9a-f]{8})?\.tmp")  # ".NAME.PROCESS-RANDOM.tmp"
 
 

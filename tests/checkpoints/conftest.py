@@ -165,3 +165,25 @@ def server(content):
 def closed_address() -> str:
     """The URL of a port on loopback where no server listens."""
     return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture
+def description():
+    """The JSON next to the weights of `tiny`."""
+    return {
+        "normalization": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]},
+        "image_size": 16,
+        "class_names": ["a", "b", "c"],
+        "task": "letters",
+    }
+
+
+@pytest.fixture
+def tiny(tmp_path, description):
+    """A tiny fine-tuned model as a run leaves it: final.npz and its JSON in a folder."""
+    model = build("B/8", hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64, num_classes=3)
+    draw = np.random.default_rng(0)
+    flat = flatten_dict(shapes(model, 16), sep="/")
+    flat = {name: draw.normal(size=leaf.shape, scale=0.2).astype(np.float32) for name, leaf in flat.items()}
+    save_npz(tmp_path / "run" / "final.npz", flat, description)
+    return tmp_path / "run"

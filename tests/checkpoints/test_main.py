@@ -20,21 +20,6 @@ from vit_jax.checkpoints.load import load
 from vit_jax.errors import CheckpointError
 from vit_jax.formats.google import read_meta, read_npz, save_npz
 from vit_jax.models.intermediates import stages
-from vit_jax.models.variants import build, shapes
-
-META = {"normalization": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}, "image_size": 16, "class_names": ["a", "b", "c"],
-        "task": "letters"}  # fmt: skip
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A tiny fine-tuned model as a run leaves it: final.npz and its JSON in a folder."""
-    model = build("B/8", hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64, num_classes=3)
-    draw = np.random.default_rng(0)
-    flat = flatten_dict(shapes(model, 16), sep="/")
-    flat = {name: draw.normal(size=leaf.shape, scale=0.2).astype(np.float32) for name, leaf in flat.items()}
-    save_npz(tmp_path / "run" / "final.npz", flat, META)
-    return tmp_path / "run"
 
 
 def equal(a: Path, b: Path) -> bool:
@@ -82,41 +67,22 @@ def test_demanded_hash_is_checked_for_names_and_paths(capsys, tiny, tmp_path):
         load(f"mini_8@sha256:{'0' * 64}")
 
 
-def test_inspect_describes_a_file(capsys, tiny):
-    assert main(["inspect", str(tiny)]) == 0
-    printed = capsys.readouterr().out
-    for part in (
-        "published, 40 arrays of float32",
-        "2 blocks of 32, 2 heads, MLP 64, patches of 8",
-        "16×16 px, 2×2 patches",
-        "3 classes",
-        "pre_logits  none",
-        "class_names ['a', 'b', 'c']",
-        "not in the table of variants",
-    ):
-        assert part in printed
-    assert main(["inspect", "mini_8"]) == 0
-    printed = capsys.readouterr().out
-    for part in ("Mini/8: 6 blocks of 192", "104 arrays of bfloat16", "2,757,896", "64×64 px", "problems    none"):
-        assert part in printed
-
-
 @pytest.mark.parametrize("to", ["timm", "huggingface"])
-def test_round_trip_is_exact(capsys, tiny, tmp_path, to):
+def test_round_trip_is_exact(capsys, tiny, description, tmp_path, to):
     assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", to]) == 0
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "back.npz")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "out"), str(tmp_path / "back.npz")]
     assert equal(tiny / "final.npz", tmp_path / "back.npz")
     back = read_meta(tmp_path / "back.npz")
     assert {name: back[name] for name in ("normalization", "image_size", "class_names")} == {
-        name: META[name] for name in ("normalization", "image_size", "class_names")
+        name: description[name] for name in ("normalization", "image_size", "class_names")
     }
 
 
-def test_convert_to_bfloat16_rounds_and_keeps_the_description(capsys, tiny, tmp_path):
+def test_convert_to_bfloat16_rounds_and_keeps_the_description(capsys, tiny, description, tmp_path):
     assert main(["convert", str(tiny), str(tmp_path / "half.npz"), "--dtype", "bfloat16"]) == 0
     about = read_meta(tmp_path / "half.npz")
-    assert about == META | {"source": "final.npz", "source_sha256": about["source_sha256"]}
+    assert about == description | {"source": "final.npz", "source_sha256": about["source_sha256"]}
     found, whole = (flatten_dict(read_npz(path), sep="/") for path in (tmp_path / "half.npz", tiny / "final.npz"))
     assert all(np.allclose(found[name], whole[name], rtol=2**-8, atol=0) for name in whole)
 
@@ -127,25 +93,19 @@ def test_convert_takes_the_format_from_the_suffix(capsys, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".stablehlo"])
-def test_description_survives_conversion(capsys, tiny, tmp_path, suffix):
+def test_description_survives_conversion(capsys, tiny, description, tmp_path, suffix):
     """A rectangle through another form and then to timm; without the head the class names are left out."""
     model, params = load(tiny, image_size=(16, 32))
-    save_npz(tmp_path / "wide.npz", params, META | {"image_size": [16, 32]})
+    save_npz(tmp_path / "wide.npz", params, description | {"image_size": [16, 32]})
     assert main(["convert", str(tmp_path / "wide.npz"), str(tmp_path / f"x{suffix}")]) == 0
     assert main(["convert", str(tmp_path / f"x{suffix}"), str(tmp_path / "out"), "--to", "timm"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["label_names"] == META["class_names"] and config["pretrained_cfg"]["input_size"] == [3, 16, 32]
-    assert config["pretrained_cfg"]["mean"] == META["normalization"]["mean"]
+    assert config["label_names"] == description["class_names"] and config["pretrained_cfg"]["input_size"] == [3, 16, 32]
+    assert config["pretrained_cfg"]["mean"] == description["normalization"]["mean"]
     _, again = load(tmp_path / f"x{suffix}", image_size=(16, 32))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
     assert main(["convert", str(tmp_path / f"x{suffix}"), str(tmp_path / "f.npz"), "--features"]) == 0
     assert "class_names" not in read_meta(tmp_path / "f.npz") and "head" not in read_npz(tmp_path / "f.npz")
-
-
-def test_inspect_shows_the_types_of_an_export(capsys, tiny, tmp_path):
-    assert main(["convert", str(tiny), str(tmp_path / "out"), "--to", "timm", "--dtype", "bfloat16"]) == 0
-    assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert "safetensors, 40 arrays of bfloat16" in capsys.readouterr().out
 
 
 FULL = """

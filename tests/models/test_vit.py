@@ -6,18 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.intermediates import attention_maps, features, stages
-from vit_jax.models.layers import dot_product_attention
+from tests.models.small import TINY, make
 from vit_jax.models.variants import build, shapes
-
-TINY = dict(hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64)
-
-
-def make(variant: str = "B/16", size: int = 32, **fields):
-    model = build(variant, **{**TINY, "num_classes": 3, **fields})
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(scale=0.2, size=leaf.shape), leaf.dtype), shapes(model, size))
-    return model, params, jnp.asarray(draw.normal(size=(2, size, size, 3)), jnp.float32)
 
 
 @pytest.mark.parametrize(("variant", "size"), [("B/16", 32), ("R+Ti/16", 64), ("R26+S/32", 32)])
@@ -39,36 +29,6 @@ def test_dtype_reaches_every_layer(variant, size):
         # Softmax is float32 by promise, and so is the result of the whole, which has no name in its path.
         by_promise = path[-2].key == "attention_weights" or (len(path) == 2 and leaf.shape == logits.shape)
         assert leaf.dtype == (jnp.float32 if by_promise else jnp.bfloat16), path
-
-
-def test_attention_maps_cost_nothing_unless_requested(monkeypatch):
-    model, params, images = make()
-
-    def lowered() -> str:
-        return jax.jit(lambda *args: model.apply({"params": args[0]}, args[1])).lower(params, images).as_text()
-
-    with_weights = lowered()
-    attention = nn.MultiHeadDotProductAttention.__call__
-    monkeypatch.setattr(
-        nn.MultiHeadDotProductAttention, "__call__", lambda self, x, sow_weights: attention(self, x, sow_weights=False)
-    )
-    assert lowered() == with_weights
-
-
-def test_attention_rows_sum_to_one():
-    maps = attention_maps(*make())
-    assert maps.shape == (2, 2, 2, 5, 5)
-    np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
-
-
-def test_features_are_what_the_head_sees():
-    model, params, images = make(representation_size=16)
-    seen = features(model, params, images)
-    assert seen.shape == (2, 16)
-    logits = seen @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, -1)
-    np.testing.assert_allclose(model.apply({"params": params}, images), logits, rtol=1e-5)
-    # To show their weights, the stages take another way through attention.
-    np.testing.assert_allclose(stages(model, params, images)["pre_logits"], seen, rtol=1e-6, atol=1e-7)
 
 
 def test_gap_without_positions_ignores_the_order_of_patches():
@@ -142,18 +102,6 @@ def test_dropout_is_in_the_places_of_the_original():
     assert seen == [("Encoder", 32), ("EncoderBlock", 32), ("MlpBlock", 64), ("MlpBlock", 32)]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_attention_is_the_softmax_of_products(dtype):
-    draw = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(draw.normal(size=(2, 5, 3, 8)), dtype) for _ in range(3))
-    found = dot_product_attention(query, key, value, implementation="xla", precision=jax.lax.Precision.HIGHEST)
-    assert found.dtype == dtype and found.shape == (2, 5, 3, 8)
-    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
-    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8))
-    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
-
-
 def test_attention_dropout_is_active_only_in_training():
     model, params, images = make(attention_dropout=0.5)
     asked = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
@@ -179,19 +127,6 @@ def test_remat_gives_the_same_gradient_with_less_memory():
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert 3 * (kept(again) - weights) < kept(model) - weights
     assert jax.tree.structure(shapes(again, 32)) == jax.tree.structure(shapes(model, 32))
-
-
-@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
-@pytest.mark.parametrize("variant", ["B/16", "R+Ti/16"])
-def test_precision_of_products_is_explicit(variant, dtype, precision):
-    model, params, images = make(variant, 32, dtype=dtype)
-    text = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower(params, images).as_text()
-    products = [line for line in text.splitlines() if "stablehlo.dot" in line or "stablehlo.convolution" in line]
-    assert len(products) > 10
-    if precision == "HIGHEST":
-        assert all("[HIGHEST, HIGHEST]" in line or line.count("HIGHEST") == 2 for line in products)
-    else:
-        assert not any("HIGHEST" in line for line in products)
 
 
 def test_unknown_attention_is_refused():

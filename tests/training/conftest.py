@@ -65,15 +65,15 @@ def source_of():
     return make
 
 
-@pytest.fixture(scope="module")
-def module_tmp(tmp_path_factory):
+@pytest.fixture(scope="session")
+def session_tmp(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
-def uninterrupted(config, module_tmp):
+def uninterrupted(config, session_tmp):
     """A run of 12 steps, made once, and its result."""
-    workdir = module_tmp / "uninterrupted"
+    workdir = session_tmp / "uninterrupted"
     from vit_jax.training import loop
 
     return workdir, loop.train(config, workdir)

@@ -177,7 +177,7 @@ def campaign(kills: int, folder: Path, seed: int) -> dict:
     while sum(sent.values()) < kills:
         runs += 1
         workdir = folder / f"run-{runs}"
-        for _ in range(draw.randint(1, 8)):
+        for _ in range(min(draw.randint(1, 8), kills - sum(sent.values()))):
             start = Start(config, workdir, fork=draw.random() > 0.08)
             how, moment = kill(start, workdir, duration * 0.9, draw)
             if start.status == 0:

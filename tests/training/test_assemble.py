@@ -1,50 +1,15 @@
 """A run that is started again, on other data or with a checkpoint of its classes: what it checks, keeps, refuses, reports."""
 
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 
 from vit_jax.config_files import to_json
 from vit_jax.errors import ConfigError, TrainingError
-from vit_jax.formats.google import read_meta
-from vit_jax.training import devices, loop, outputs, restore
+from vit_jax.training import devices, loop, outputs
 from vit_jax.training.assemble import assemble
-from vit_jax.training.guard import Guard
-
-
-def logits(path):
-    with np.load(path) as file:
-        return file["logits"].tobytes()
-
-
-@pytest.mark.parametrize("damage", ["nothing", "truncated", "of another split"])
-def test_finished_run_renews_damaged_predictions_without_its_checkpoint(uninterrupted, config, tmp_path, damage):
-    workdir, result = uninterrupted
-    shutil.copytree(workdir, tmp_path / "run")
-    path = tmp_path / "run" / "predictions.npz"
-    expected = logits(path)
-    if damage == "nothing":
-        path.unlink()
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-40])
-    else:
-        np.savez(path, logits=np.zeros((3, 10), np.float32), labels=np.zeros(3, np.int32))
-    config.model.checkpoint = str(shutil.copy(config.model.checkpoint, tmp_path / "gone.npz"))
-    (tmp_path / "run" / "config.json").write_text(to_json(config))
-    for step in (tmp_path / "run" / "checkpoints").iterdir():
-        record = json.loads((step / "record" / "metadata").read_text())
-        del record["record_sha256"]
-        record["config"]["model"]["checkpoint"] = config.model.checkpoint
-        (step / "record" / "metadata").write_text(json.dumps({**record, "record_sha256": restore._digest_of_json(record)}))
-    os.remove(config.model.checkpoint)
-    again = loop.train(config, tmp_path / "run")
-    assert again.metrics == result.metrics and logits(path) == expected
-    assert read_meta(tmp_path / "run" / "final.npz") == read_meta(workdir / "final.npz")  # with the hash of what was read
-    assert loop.evaluate(config, tmp_path / "run")["test/accuracy"] == result.metrics["test/accuracy"]
 
 
 def test_edited_configuration_is_refused(uninterrupted, config, tmp_path):
@@ -94,19 +59,3 @@ def test_first_messages_name_model_data_and_devices(config, tmp_path, capsys):
     said = capsys.readouterr().err
     order = [said.index(text) for text in ("loading ", "5,610 parameters", "compiling the training step")]
     assert order == sorted(order) and "64 training and 50 test images; 8 CPUs" in said
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_has_its_usual_effect(number):
-    def usual(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(number, usual)
-    try:
-        with Guard() as guard:
-            os.kill(os.getpid(), number)
-            assert guard.stop and guard.signal == number
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-    finally:
-        signal.signal(number, before)

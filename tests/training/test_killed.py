@@ -36,7 +36,7 @@ def steps(workdir: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
-    config.training.steps, config.training.save_every, config.training.eval_every = 150, 2, 5  # nearly always saving
+    config.training.steps, config.training.save_every, config.training.eval_every = 80, 2, 5  # nearly always saving
     source = tmp_path / "config.json"
     source.write_text(to_json(config))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -46,7 +46,7 @@ def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
         """Whether Orbax is saving a state."""
         return steps(killed) > 20 and any(killed.glob("checkpoints/*orbax-checkpoint-tmp*"))
 
-    for moment in (lambda: steps(killed) >= 1, unfinished, lambda: steps(killed) >= 90):
+    for moment in (lambda: steps(killed) >= 1, unfinished, lambda: steps(killed) >= 50):
         process = start(source, killed)
         while process.poll() is None and not moment():
             time.sleep(0.001)
@@ -63,7 +63,7 @@ def test_killed_run_ends_like_an_uninterrupted_run(config, tmp_path):
             for leaf in expected.files:
                 assert expected[leaf].tobytes() == found[leaf].tobytes(), (name, leaf)
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 151))
+    assert [line["step"] for line in lines] == list(range(1, 81))
 
 
 @pytest.mark.slow
@@ -97,6 +97,6 @@ def test_full_disk_ends_the_run_with_one_error(config, tmp_path, limit):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
-    finish(start(source, tmp_path / "run"))  # with space again, the same command goes on
+    finish(start(source, tmp_path / "run"))  # with space again, the same command resumes
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 61))

@@ -15,11 +15,9 @@ import vit_jax
 from vit_jax.config_files import read
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import journal, loop, outputs, saving
-from vit_jax.training.evaluate import metrics
+from vit_jax.training import loop, outputs, saving
 from vit_jax.training.guard import Guard
 from vit_jax.training.preview import preview
-from vit_jax.transforms.preprocess import for_evaluation
 
 
 def lines(workdir):
@@ -83,22 +81,6 @@ def test_run_leaves_the_documented_files(uninterrupted, config):
     assert meta["normalization"] == {"mean": [0.5] * 3, "std": [0.5] * 3} and len(meta["source_sha256"]) == 64
 
 
-def test_predictions_file_is_of_the_final_weights(uninterrupted, config):
-    workdir, result = uninterrupted
-    model, params = vit_jax.load(str(workdir / "final.npz"))
-    assert same(params, result.params)
-    from vit_jax.data.splits import open_split
-    from vit_jax.data.tasks import task
-
-    images, labels = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
-    with np.load(workdir / "predictions.npz") as stored:
-        logits, stored_labels = stored["logits"], stored["labels"]
-    assert np.array_equal(stored_labels, labels)
-    expected = model.apply({"params": params}, for_evaluation(16)(images))
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    assert metrics(logits, labels)["accuracy"] == result.metrics["test/accuracy"]
-
-
 def test_finished_run_only_reports_when_started_again(uninterrupted, config, monkeypatch):
     workdir, result = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
@@ -124,16 +106,6 @@ def test_weights_are_written_from_the_host(config, tmp_path, monkeypatch):
     assert seen[0] == "best.npz" and seen[-1] == "final.npz"
 
 
-def test_finished_run_without_its_files_is_evaluated_again(uninterrupted, config, tmp_path):
-    workdir, result = uninterrupted
-    shutil.copytree(workdir, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    (tmp_path / "run" / "predictions.npz").unlink()
-    again = loop.train(config, tmp_path / "run")
-    assert again.metrics == result.metrics
-    assert (tmp_path / "run" / "predictions.npz").exists()
-
-
 def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
     config.data.normalization, config.training.steps = "dataset", 3
     loop.train(config, tmp_path)
@@ -147,12 +119,6 @@ def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
         np.testing.assert_allclose(logits, stored["logits"], rtol=1e-4, atol=1e-5)
     unscaled = model.apply({"params": params}, vit_jax.preprocess(images, 16))
     assert not np.allclose(unscaled, logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("content", [b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b'{"step": 1'])
-def test_reader_leaves_out_lines_that_are_not_metrics(tmp_path, content):
-    (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"step": 2}\n')
-    assert journal.read(tmp_path) == [{"step": 2}]
 
 
 @pytest.mark.parametrize("stop_after", [3, 4])
@@ -263,20 +229,6 @@ def test_run_from_random_weights_reads_the_remaining_fields(config, tmp_path):
     assert result.finished and np.isfinite(result.metrics["test/loss"])
     meta = read_meta(tmp_path / "final.npz")
     assert meta["source"] == "random weights, Nano/8" and meta["normalization"]["mean"][0] == pytest.approx(0.5071)
-
-
-def test_step_is_traced_once(config, tmp_path, monkeypatch):
-    traces = []
-    original = loop.assemble
-
-    def counting(*args, **kwargs):
-        parts = original(*args, **kwargs)
-        traces.append(parts.program.train_step)
-        return parts
-
-    monkeypatch.setattr(loop, "assemble", counting)
-    loop.train(config, tmp_path)
-    assert traces[0]._cache_size() == 1
 
 
 def test_preview_describes_the_run(config):

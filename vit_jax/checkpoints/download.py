@@ -17,13 +17,13 @@ from vit_jax.checkpoints.catalogue import BUCKET, PUBLISHED, Published, resolve,
 from vit_jax.checkpoints.verification import check_file, check_hash, check_tree, max_bytes
 from vit_jax.errors import CheckpointError, UserError, printable, reason
 from vit_jax.fetch import Refused, Unreachable, download
-from vit_jax.files import cache_root, expand_user
+from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS, cache_root, expand_user
 from vit_jax.formats.google import check_sums, read_meta, read_shapes
 from vit_jax.formats.torch_files import TENSORS_FILE
 
 _log = logging.getLogger("vit_jax")
 
-RUN_WEIGHTS = ("final.npz", "best.npz")  # a run's weights; the first that exists is used
+RUN_WEIGHTS = (FINAL_WEIGHTS, BEST_WEIGHTS)  # a run's weights; the first that exists is used
 FOLDER_WEIGHTS = (*RUN_WEIGHTS, TENSORS_FILE)  # those of a run or of an exported folder
 _MAX_INDEX = 2**28  # bytes of AugReg's index.csv, which has 51,509 rows
 

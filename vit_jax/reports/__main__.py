@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, program: str = "python -m vit_jax.report
 def _run(argv: list[str] | None, program: str) -> int:
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Writes a page about a run, also while the run is going on; for several runs, a page that compares them.",
+        description="Writes a page about a run, also while the run is training; for several runs, a page that compares them.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/demo")
     parser.add_argument(

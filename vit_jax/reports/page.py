@@ -36,7 +36,7 @@ def write(
     What a run does not have (yet) is left out, and the page says so. Attention maps are the only thing that a model computes.
 
     Args:
-      runs: folders of runs; a run may still be going on. HTML files are left out with a warning, so that `runs/*` can be given.
+      runs: folders of runs; a run may still be training. HTML files are left out with a warning, so that `runs/*` can be given.
       output: the page; None: `report.html` in the run's folder, or `comparison.html` next to the first of several runs.
         For a single run, the figures are also written as files, into the folder `figures` next to the page.
       num_images: number of classes of which a test image is shown with the model's attention.

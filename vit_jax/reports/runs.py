@@ -1,6 +1,6 @@
 """Reads what a run has left in its files. It computes nothing again, downloads nothing and changes nothing in the folder.
 
-A run may still be going on, it may have been killed at any point, and its checkpoint or its data may have been removed. Each
+A run may still be training, it may have been killed at any point, and its checkpoint or its data may have been removed. Each
 part that is not there raises Missing.
 """
 
@@ -27,7 +27,7 @@ from vit_jax.data.sources import Source
 from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
-from vit_jax.files import sha256
+from vit_jax.files import FINAL_WEIGHTS, sha256
 from vit_jax.formats.google import read_meta, read_shapes
 from vit_jax.models.vit import VisionTransformer
 
@@ -181,7 +181,7 @@ class Run:
         except Missing as error:
             remarks = f" {error}"
         models["fine-tuned" if self.config.model.checkpoint else "trained"] = trained
-        if self.weights.name != "final.npz":
+        if self.weights.name != FINAL_WEIGHTS:
             remarks += f" The weights are from the best evaluation so far, step {self.meta.get('step', 'unknown')}."
         return models, remarks
 

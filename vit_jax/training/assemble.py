@@ -66,7 +66,7 @@ class Parts:
         return jax.eval_shape(lambda params: create(params, self.optimizer), self.params)
 
     def describe(self) -> str:
-        """Model, parameters, data and devices in a line."""
+        """One line about the model, its parameters, the data and the devices."""
         model, data = self.model, self.config.data
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return (
@@ -76,7 +76,7 @@ class Parts:
 
 
 def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = None) -> Parts:
-    """Loads the model, opens the data, compiles nothing yet. Raises what these raise, and ConfigError.
+    """Loads the model, opens the data, compiles nothing yet. Raises their errors, and ConfigError.
 
     Args:
       config: of the run.

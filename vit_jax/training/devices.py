@@ -1,4 +1,4 @@
-"""Which devices a run has and how its step is laid over them: decided here and nowhere else.
+"""The devices of a run, and how its step uses them. No other file decides this.
 
 Outside this file no state and no metric has a device axis. Both layouts keep the state as arrays replicated over a mesh
 of all local devices: jit takes them as they are, and pmap takes and gives them back unmapped (in_axes and out_axes None)
@@ -92,7 +92,7 @@ class Layout:
 
 
 def start(run: Run) -> Layout:
-    """The layout that a configuration asks for. Warns loudly if the machine has an NVIDIA GPU and JAX runs on the CPU."""
+    """The layout that a configuration asks for. Logs a warning if the machine has an NVIDIA GPU and JAX runs on the CPU."""
     if jax.default_backend() == "cpu" and has_nvidia_driver() and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.getLogger("vit_jax").warning(
             "\n*** This machine has an NVIDIA driver, but JAX runs on the CPU and will be many times slower. ***\n"

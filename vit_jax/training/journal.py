@@ -33,7 +33,7 @@ def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str
       steps: of the whole run.
     """
     if start:
-        yield f"going on from step {start} of {steps} in {workdir}"
+        yield f"resuming from step {start} of {steps} in {workdir}"
         if missing := set(range(1, start + 1)) - found:
             yield f"{workdir / FILE} does not hold the lines of {len(missing)} of the steps up to {start}: they are lost"
     elif found:

@@ -79,7 +79,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
 
 
 def _assemble(workdir: Path, config: Config) -> Parts:
-    """The parts of a run; one that goes on takes its model from its newest state and needs no checkpoint."""
+    """The parts of a run; a run that resumes takes its model from its newest state and needs no checkpoint."""
     journal.say(f"loading {config.model.checkpoint or config.model.variant} and {config.data.task}")
     layout = devices.start(config.run)
     layout.check(config.training.batch_size, config.training.grad_accum_steps)

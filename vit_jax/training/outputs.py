@@ -1,4 +1,4 @@
-"""What a run leaves besides its states: test metrics and predictions, checked and completed when the run is finished."""
+"""Test metrics and predictions of a run. A finished run checks them, and writes those that are missing or damaged."""
 
 from pathlib import Path
 from typing import Any

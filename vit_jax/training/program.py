@@ -13,7 +13,7 @@ from vit_jax.transforms.preprocess import Statistics, for_evaluation, for_traini
 
 
 class Program(NamedTuple):
-    """Compiled when first called; a batch is a `step.Batch` on the devices, `data` that of its Feed."""
+    """Compiled when first called; a batch is a `step.Batch` on the devices, `data` is the `data` of its Feed."""
 
     train_step: Any  # (state, batch, data) → (state, metrics); the state given is used up
     predict: Any  # (params, batch, data) → logits float32 [B, classes]

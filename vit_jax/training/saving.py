@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax.config import Config
 from vit_jax.errors import CheckpointError, TrainingError, reason
+from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
 from vit_jax.formats.google import read_meta, read_npz, save_npz
 from vit_jax.training import restore
 from vit_jax.training.state import TrainState
@@ -63,8 +64,8 @@ class Saver:
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, on the host; None if there is none. Raises as `restore.read_newest`.
 
-        Damaged newer states are moved aside, because Orbax saves no step that it already has. The rest of states
-        that a killed process was removing is removed.
+        Damaged newer states are moved aside, because Orbax saves no step that it already has. What a
+        killed process has left of old states is removed.
         """
         saved = restore.read_newest(self._folder, abstract, self._config)
         if saved is None:
@@ -125,7 +126,7 @@ class Saver:
 
     def _write_best(self) -> None:
         if self.best is not None and self._written != self.best["step"]:
-            self._write("best.npz", self._best_params, self.best, may_be_there=self._written is None)
+            self._write(BEST_WEIGHTS, self._best_params, self.best, may_be_there=self._written is None)
             self._written = self.best["step"]
 
     def _write(self, name: str, params: Any, of: dict[str, Any], may_be_there: bool) -> None:
@@ -161,7 +162,7 @@ class Saver:
         try:
             self._write_best()
             of = {"step": int(state.step), "accuracy": accuracy}
-            self._write("final.npz", state.params, of, may_be_there=True)
+            self._write(FINAL_WEIGHTS, state.params, of, may_be_there=True)
         except OSError as error:
             raise self._failed(error) from error
 

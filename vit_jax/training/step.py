@@ -1,7 +1,7 @@
 """The pure functions of training: one update, and the logits of one batch.
 
-They know no device. `devices.Layout` lays jit over a mesh or pmap on from outside; only under pmap, `axis` names the
-devices' axis. `data` is what lies on the devices for a whole run (see feed.py), or None.
+They do not depend on the devices: `devices.Layout` compiles them with jit over a mesh, or with pmap. Only under pmap, `axis`
+is the name of the devices' axis. `data` is what stays on the devices for a whole run (see feed.py), or None.
 """
 
 from collections.abc import Callable

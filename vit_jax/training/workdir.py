@@ -16,7 +16,7 @@ from typing import Any
 from vit_jax.config import AUTO, Config, difference
 from vit_jax.config_files import from_json, to_json
 from vit_jax.errors import ConfigError, reason
-from vit_jax.files import locked, remove_scratch, whole_file
+from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS, locked, remove_scratch, whole_file
 from vit_jax.metrics import FILE as METRICS
 
 _CUT_OFF = re.compile(r"\.lock|\..+\.tmp")  # files of a start that was killed at once
@@ -29,7 +29,7 @@ def has_progress(workdir: Path) -> bool:
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
         or (states.is_dir() and any(path.name.isdecimal() for path in states.iterdir()))
-        or any((workdir / name).exists() for name in ("best.npz", "final.npz"))
+        or any((workdir / name).exists() for name in (BEST_WEIGHTS, FINAL_WEIGHTS))
     )
 
 
@@ -60,7 +60,7 @@ def _is_unused(folder: Path) -> bool:
 
 def _advice(workdir: Path, config: Config, names: list[str]) -> str:
     text = ", ".join(names)
-    if names == ["training.steps"] and (workdir / "final.npz").exists():
+    if names == ["training.steps"] and (workdir / FINAL_WEIGHTS).exists():
         steps = config.training.steps
         command = [
             "python",

@@ -38,6 +38,7 @@ class Data:
     on_error: str = "raise"  # own images that cannot be read: an error, or "skip" to leave them out and count them
     train_split: str = ""  # in TFDS's language, such as "train[:98%]"; "": the task's training split
     test_split: str = ""  # the split that is evaluated, in TFDS's language; "": the task's test split
+    validation_split: str = ""  # chooses the best state, so that test images do not; "own": the task's; "": the test split
     image_size: int = 224  # pixels, height and width of the model's input
     normalization: str = "google"  # "google": to [-1, 1]; "dataset": by the task's channel means and deviations
 

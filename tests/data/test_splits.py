@@ -8,8 +8,11 @@ EXCERPT = task("cifar100_excerpt")
 
 
 def test_default_splits_are_those_of_the_task():
-    assert [len(source) for source in open_splits(EXCERPT, Data())] == [1000, 500]
-    assert [len(source) for source in open_splits(EXCERPT, Data(train_split="train[:64]", test_split="test[:50]"))] == [64, 50]
+    assert [len(source) for source in open_splits(EXCERPT, Data())[:2]] == [1000, 500]
+    assert [len(source) for source in open_splits(EXCERPT, Data(train_split="train[:64]", test_split="test[:50]"))[:2]] == [
+        64,
+        50,
+    ]
 
 
 def test_images_in_both_splits_and_repeated_images_give_warnings():

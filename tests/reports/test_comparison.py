@@ -58,7 +58,9 @@ def test_runs_of_different_splits_are_in_different_figures(run, tmp_path, monkey
     drawn = []
     real = comparison.learning_curves
     monkeypatch.setattr(
-        comparison, "learning_curves", lambda runs, label: (drawn.append((list(runs), label)), real(runs, label))[1]
+        comparison,
+        "learning_curves",
+        lambda runs, label, *split: (drawn.append((list(runs), label)), real(runs, label, *split))[1],
     )
     other = edit(shutil.copytree(run, tmp_path / "other"), data__test_split="train[90%:]")
     write(run, other, output=tmp_path / "page.html")
@@ -74,3 +76,9 @@ def test_pages_among_the_runs_are_left_out_with_a_warning(run, tmp_path, caplog,
     assert caplog.messages == [f"{page} is left out: it is a page and not the folder of a run"]
     with pytest.raises(ReportError, match="runs: no folder of a run is given"):
         write(page)
+
+
+def test_runs_with_a_validation_split_name_both_splits_in_the_table(run, tmp_path):
+    other = edit(shutil.copytree(run, tmp_path / "other"), data__validation_split="train[90%:]")
+    page = write(run, other, output=tmp_path / "page.html").read_text()
+    assert "<th>final test</th>" in page and "<th>best validation</th>" in page and "<th>final</th>" in page

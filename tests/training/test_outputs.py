@@ -9,9 +9,16 @@ import pytest
 
 import vit_jax
 from tests.training.states import same
+from vit_jax import metrics as metrics_file
 from vit_jax.config_files import to_json
+from vit_jax.data.splits import open_split
+from vit_jax.data.tasks import task
+from vit_jax.errors import DataError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import loop, restore
+from vit_jax.reports.page import write
+from vit_jax.training import devices, loop, restore
+from vit_jax.training.assemble import assemble
+from vit_jax.training.command import report
 from vit_jax.training.evaluate import metrics
 from vit_jax.transforms.preprocess import for_evaluation
 
@@ -20,9 +27,6 @@ def test_predictions_file_is_of_the_final_weights(uninterrupted, config):
     workdir, result = uninterrupted
     model, params = vit_jax.load(str(workdir / "final.npz"))
     assert same(params, result.params)
-    from vit_jax.data.splits import open_split
-    from vit_jax.data.tasks import task
-
     images, labels = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
     with np.load(workdir / "predictions.npz") as stored:
         logits, stored_labels = stored["logits"], stored["labels"]
@@ -71,3 +75,54 @@ def test_finished_run_renews_damaged_predictions_without_its_checkpoint(uninterr
     assert again.metrics == result.metrics and logits(path) == expected
     assert read_meta(tmp_path / "run" / "final.npz") == read_meta(workdir / "final.npz")  # with the hash of what was read
     assert loop.evaluate(config, tmp_path / "run")["test/accuracy"] == result.metrics["test/accuracy"]
+
+
+@pytest.fixture
+def validated(config):
+    config.data.train_split, config.data.validation_split = "train[:64]", "train[64:96]"
+    return config
+
+
+def test_validation_split_chooses_the_best_and_the_test_split_is_measured_once(validated, tmp_path):
+    result = loop.train(validated, tmp_path)
+    lines = metrics_file.read(tmp_path)
+    chosen = {line["step"]: line["validation/accuracy"] for line in lines if "validation/accuracy" in line}
+    assert list(chosen) == [4, 8, 12] and [line["step"] for line in lines if "test/accuracy" in line] == [12]
+    assert result.metrics["best/accuracy"] == max(chosen.values()) == chosen[result.metrics["best/step"]]
+    # The best state's test accuracy is that of best.npz, computed by hand.
+    model, params = vit_jax.load(str(tmp_path / "best.npz"))
+    images, labels = open_split(task("cifar100_excerpt"), "test[:50]").take(np.arange(50))
+    logits = model.apply({"params": params}, for_evaluation(16)(images))
+    assert result.metrics["best/test_accuracy"] == np.mean(np.argmax(logits, 1) == labels)
+    # A finished run measures nothing again, and --eval_only measures both splits.
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert loop.train(validated, tmp_path).metrics == result.metrics and (tmp_path / "metrics.jsonl").read_text() == before
+    found = loop.evaluate(validated, tmp_path)
+    assert {name: result.metrics[name] for name in found} == found and "validation/loss" in found and "test/loss" in found
+
+
+def test_messages_and_page_say_which_split_a_figure_is_of(validated, tmp_path):
+    result = loop.train(validated, tmp_path)
+    text = report(validated, result.metrics)
+    assert (
+        "Accuracy on test[:50] " in text
+        and "on train[64:96]" in text
+        and "chosen on train[64:96]; accuracy on test[:50]" in text
+    )
+    page = write(tmp_path).read_text()
+    assert "chosen on the split train[64:96], where the accuracy on test[:50] is" in page
+    assert "Each evaluation uses all images of the split train[64:96]" in page and "<td>train[64:96]</td>" in page
+
+
+def test_own_validation_split_leaves_its_images_out_of_training(validated, tmp_path):
+    validated.data.train_split, validated.data.validation_split = "", "own"
+    parts = assemble(validated, devices.start(validated.run))
+    assert [len(source) for source in parts.sources] == [900, 50, 100]
+    assert "900 training, 100 validation and 50 test images" in parts.describe()
+
+
+@pytest.mark.parametrize(("split", "kind"), [("train[60:70]", "train"), ("test[40:60]", "test")])
+def test_validation_images_among_the_others_are_refused(validated, split, kind):
+    validated.data.validation_split = split
+    with pytest.raises(DataError, match=rf"of the \d+ images of data.validation_split = '.*' are in data.{kind}_split"):
+        assemble(validated, devices.start(validated.run))

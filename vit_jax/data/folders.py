@@ -11,7 +11,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Split:
     """The images of a split.
 
     Attributes:
-      paths: of the files, in the order of classes and names.
+      paths: of the files, in the order of the SHA-256 of their paths below the folder.
       labels: int32 [n].
       sizes: (height, width) of each image in pixels, oriented as it is shown; int32 [n, 2].
     """
@@ -103,12 +103,13 @@ def index(task: Task, on_error: str = "raise") -> Index:
         )
     names = _class_names(task, rows)
     rows = [row for row in rows if not entries[row[2]][4]]
+    base = root.parent if task.kind == "csv" else root
     if not any(split for split, _, _ in rows):
-        rows = _divide(rows, root.parent if task.kind == "csv" else root)
+        rows = _divide(rows, base)
     label = {name: number for number, name in enumerate(names)}
     splits = {}
     for split in dict.fromkeys(split for split, _, _ in rows):
-        chosen = sorted((label[name], path) for its, name, path in rows if its == split)
+        chosen = [(label[name], path) for _, name, path in sorted((row for row in rows if row[0] == split), key=_rank(base))]
         sizes = np.array([entries[path][2:4] for _, path in chosen], np.int32)
         splits[split] = Split([path for _, path in chosen], np.array([number for number, _ in chosen], np.int32), sizes)
     _check_classes(task, names, splits)
@@ -163,15 +164,17 @@ def _class_names(task: Task, rows: Iterable[tuple[str, str, str]]) -> list[str]:
     return names
 
 
+def _rank(root: Path) -> Callable[[tuple[str, str, str]], bytes]:
+    """A sort key of rows: the SHA-256 of their paths below a folder, so that every slice holds images of all classes."""
+    return lambda row: hashlib.sha256(os.path.relpath(row[2], root).encode(errors="surrogateescape")).digest()
+
+
 def _divide(rows: list[tuple[str, str, str]], root: Path) -> list[tuple[str, str, str]]:
     """Puts a fifth of the images of each class, at least one if it has two, into "test" and the others into "train"."""
 
-    def rank(row: tuple[str, str, str]) -> str:
-        return hashlib.sha256(os.path.relpath(row[2], root).encode()).hexdigest()
-
     divided = []
     for name in sorted({name for _, name, _ in rows}):
-        ranked = sorted((row for row in rows if row[1] == name), key=rank)
+        ranked = sorted((row for row in rows if row[1] == name), key=_rank(root))
         held = max(1, round(_TEST_SHARE * len(ranked))) if len(ranked) > 1 else 0
         divided += [("test" if position < held else "train", name, path) for position, (_, _, path) in enumerate(ranked)]
     return divided

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from vit_jax.config import Data
 from vit_jax.data import folders, hub, prepared
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Source, shared_examples
 from vit_jax.data.tasks import Task
+from vit_jax.errors import DataError
 
 
 def open_split(
@@ -33,8 +35,30 @@ def open_split(
     return folders.open_split(task, split, image_size, on_error)
 
 
-def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> tuple[Source, Source]:
-    """Opens the training and the test split of a task and prepares its data first if they are not there.
+class Names(NamedTuple):
+    """The splits of a run in TFDS's language; `validation` is "" if the best state is chosen on the test split."""
+
+    train: str
+    test: str
+    validation: str
+
+
+class Splits(NamedTuple):
+    """The splits of a run; `validation` is None if the best state is chosen on the test split."""
+
+    train: Source
+    test: Source
+    validation: Source | None
+
+
+def names(task: Task, data: Data) -> Names:
+    """The splits that a configuration means; with the task's own validation split, the rest of its images is trained on."""
+    trained, validated = task.validation if data.validation_split == "own" else (task.train_split, data.validation_split)
+    return Names(data.train_split or trained, data.test_split or task.test_split, validated)
+
+
+def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> Splits:
+    """Opens the splits of a run and prepares the task's data first if they are not there.
 
     Args:
       task: as `vit_jax.data.tasks.task` returns it.
@@ -42,24 +66,33 @@ def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> tup
       data_dir: as TFDS's.
 
     Raises:
-      DataError: as `prepare` and `open_split`.
+      DataError: as `prepare` and `open_split`, and if validation images are training or test images.
     """
     if task.kind == "tfds":
         prepare(task, data_dir=data_dir)
-    train, test = (
-        open_split(task, split, data_dir, data.image_size, data.on_error)
-        for split in (data.train_split or task.train_split, data.test_split or task.test_split)
+    chosen = names(task, data)
+    train, test, validation = (
+        open_split(task, split, data_dir, data.image_size, data.on_error) if split else None for split in chosen
     )
-    return train, test
+    assert train and test
+    if validation:
+        for other, kind in ((train, "train"), (test, "test")):
+            if shared := shared_examples(validation, other):
+                raise DataError(
+                    f"{shared:,} of the {len(validation):,} images of data.validation_split = {chosen.validation!r} are in "
+                    f"data.{kind}_split = {getattr(chosen, kind)!r} too: choose splits without common images, such as "
+                    "'train[:90%]' and 'train[90%:]', or data.validation_split=own"
+                )
+    return Splits(train, test, validation)
 
 
-def warnings(task: Task, data: Data, sources: tuple[Source, Source], batch_size: int) -> Iterator[str]:
+def warnings(task: Task, data: Data, sources: Splits, batch_size: int) -> Iterator[str]:
     """What a reader of a run's figures must know about its data; arguments as of `open_splits`."""
-    train, test = data.train_split or task.train_split, data.test_split or task.test_split
+    train, test, _ = names(task, data)
     if skipped := sources[0].skipped:
         more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
         yield f"{len(skipped):,} images of {task.name} cannot be read and are left out: {'; '.join(skipped[:3])}{more}"
-    if shared := shared_examples(*sources):
+    if shared := shared_examples(sources.train, sources.test):
         yield (
             f"{shared:,} of the {len(sources[1]):,} test images are training images too "
             f"(data.train_split = {train!r}, data.test_split = {test!r}): "
@@ -74,7 +107,7 @@ def warnings(task: Task, data: Data, sources: tuple[Source, Source], batch_size:
 
 def count(task: Task, data: Data, data_dir: str | os.PathLike = "") -> int:
     """The number of training images, known without reading them if the task has an archive; arguments as of `open_splits`."""
-    train = data.train_split or task.train_split
+    train = names(task, data).train
     if task.archive and train in task.archive.examples and not task.excerpt:
         return task.archive.examples[train]
     return len(open_split(task, train, data_dir, data.image_size, data.on_error))

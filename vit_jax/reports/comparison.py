@@ -28,7 +28,8 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
     if len(groups) > 1:
         yield notice("These runs are tested on different data: do not compare numbers of different tables.")
     for (task, accuracy_label), group in groups.items():
-        rows: list[Sequence[Any]] = [("", "final", "best", "top-5", "loss", "steps", "images/s")]
+        figures = ("final test", "best validation") if group[0].splits.validation else ("final", "best")
+        rows: list[Sequence[Any]] = [("", *figures, "top-5", "loss", "steps", "images/s")]
         rows += [(label_of[id(run)], *_results(run)) for run in group]
         yield f"<p>{escape(task)}: {escape(accuracy_label)}.</p>\n{table_html(rows, 'numbers runs')}"
     for group in repetitions([run for run in runs if run.finished]):
@@ -41,7 +42,9 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
         )
     yield '<h2>Learning</h2>\n<div class="figures">'
     for number, ((task, accuracy_label), group) in enumerate(groups.items()):
-        figure = learning_curves({printable(label_of[id(run)]): run.metrics for run in group}, accuracy_label)
+        figure = learning_curves(
+            {printable(label_of[id(run)]): run.metrics for run in group}, accuracy_label, group[0].chosen_metric.split("/")[0]
+        )
         title = "Learning curves" if len(groups) == 1 else f"{task}: {accuracy_label}"
         yield figure_html(CaptionedFigure(f"curves_{number}", title, figure, _CURVES))
     yield "</div>\n<h2>Settings that differ</h2>"
@@ -51,8 +54,8 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
 def _results(run: Run) -> Iterator[str]:
     """Yields a run's cells of the table: final and best accuracy, top-5, loss, steps, images per second."""
     last, best, steps = run.evaluations[-1] if run.evaluations else {}, run.best or {}, run.config.training.steps
-    for line in (last if run.finished else {}, best):
-        yield format_metric("accuracy", line.get("test/accuracy"))
+    yield format_metric("accuracy", last.get("test/accuracy") if run.finished else None)
+    yield format_metric("accuracy", best.get(run.chosen_metric))
     for name in ("test/accuracy_top5", "test/loss"):
         yield format_metric(name, last.get(name))
     yield (str(steps) if run.finished else f"{run.step}/{steps}") + " diverged" * bool(run.diverged)

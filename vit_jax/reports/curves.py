@@ -16,7 +16,9 @@ _THIN: Any = {"linewidth": 0.8, "alpha": 0.6}  # training losses of several runs
 
 
 @with_style
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], accuracy_label: str = "test accuracy") -> Figure:
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], accuracy_label: str = "test accuracy", split: str = "test"
+) -> Figure:
     """Draws loss, accuracy, learning rate and gradient norm by step, of one run or of several over each other.
 
     For one run, the training loss of each step is pale, with its running mean over a twentieth of the run. With several
@@ -25,6 +27,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], accuracy_
     Args:
       runs: name → the lines of metrics.jsonl. The gradient norm is left out if no line has it.
       accuracy_label: the name of the accuracy.
+      split: whose metrics are drawn: "test" or "validation".
     """
     single = len(runs) == 1
     labels = ["\n".join(textwrap.wrap(name, 58)) for name in runs]
@@ -36,16 +39,16 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], accuracy_
         colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
         style: Any = {"color": colour, "linestyle": dashes, "linewidth": 1.3}
         test = style | {"color": COLOURS[1]} if single else style | {"linewidth": 1.6}
-        mark: Any = {"marker": "o", "markersize": 3} if len(_series(lines, "test/accuracy")[0]) < 60 else {}
+        mark: Any = {"marker": "o", "markersize": 3} if len(_series(lines, f"{split}/accuracy")[0]) < 60 else {}
         x, y = _series(lines, "train/loss")
         if single:
             loss.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
         loss.plot(*_running_mean(x, y), **(style if single else style | _THIN), label="training, running mean")
-        loss.plot(*_series(lines, "test/loss"), **test, **mark, label="evaluation")
-        x, y = _series(lines, "test/accuracy")
+        loss.plot(*_series(lines, f"{split}/loss"), **test, **mark, label="evaluation")
+        x, y = _series(lines, f"{split}/accuracy")
         accuracy.plot(x, 100 * y, **test, **mark, label="top-1")
         if single:
-            x, y = _series(lines, "test/accuracy_top5")
+            x, y = _series(lines, f"{split}/accuracy_top5")
             accuracy.plot(x, 100 * y, **test | {"linestyle": ":"}, **mark, label="top-5")
         rate.plot(*_series(lines, "train/learning_rate"), **style, label=label)
         for axis in norm:

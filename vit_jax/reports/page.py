@@ -20,7 +20,7 @@ from vit_jax.reports.sections import AttentionOptions, CaptionedFigure
 _log = logging.getLogger("vit_jax")
 _DIVERGED_METRICS = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm", "train/loss": "loss"}
 _START = ("command", "started")  # of environment.json; the rest are versions and devices
-_TABLE_METRICS = ("test/accuracy", "test/accuracy_top5", "test/loss")
+_TABLE_METRICS = tuple(f"{split}/{name}" for split in ("test", "validation") for name in ("accuracy", "accuracy_top5", "loss"))
 
 
 def write(
@@ -143,8 +143,8 @@ def _summary(run: Run) -> Iterator[str]:
 
 
 def _headline(run: Run, last: dict[str, float], best: dict[str, float]) -> str:
-    steps, label = run.config.training.steps, run.accuracy_label
-    accuracy = format_metric("accuracy", last["test/accuracy"]) if last else ""
+    steps, label = run.config.training.steps, run.accuracy_label if not run.finished else run.test_label
+    accuracy = format_metric("accuracy", last["test/accuracy" if run.finished else run.chosen_metric]) if last else ""
     if not run.finished:
         state = "Diverged" if run.diverged else "Not finished"
         step = f"step {run.step} of {steps}" if run.metrics else "there are no metrics yet"
@@ -152,23 +152,29 @@ def _headline(run: Run, last: dict[str, float], best: dict[str, float]) -> str:
         return f'<p class="headline"><strong>{state}</strong>: {escape(step)}; {escape(result)}{_interval(run, last)}.</p>'
     return (
         f'<p class="headline">{escape(label[0].upper() + label[1:])} <strong>{accuracy}</strong> after {steps} '
-        f"steps{_interval(run, last)}. Best {format_metric('accuracy', best['test/accuracy'])} after {best['step']:.0f} steps, "
-        f"chosen on {escape(run.test_name)}.</p>"
+        f"steps{_interval(run, last)}. Best {format_metric('accuracy', best[run.chosen_metric])} after {best['step']:.0f} "
+        f"steps, chosen on {escape(run.chosen_name)}{_best_tested(run)}.</p>"
     )
+
+
+def _best_tested(run: Run) -> str:
+    """The test accuracy of the state that the validation split chose."""
+    line = next((line for line in run.metrics if "best/test_accuracy" in line), None)
+    return f", where the {escape(run.test_label)} is {format_metric('accuracy', line['best/test_accuracy'])}" if line else ""
 
 
 def _interval(run: Run, line: dict[str, float]) -> str:
     """Returns the 95 % interval of an evaluation's accuracy as text; empty if the number of images is not known."""
     count = run.num_evaluated if line else 0
-    if not count or not 0 <= line["test/accuracy"] <= 1:
+    if not count or not 0 <= line.get("test/accuracy", -1) <= 1:
         return ""
     low, high = wilson(line["test/accuracy"], count)
     return f" (95\u00a0% interval {100 * low:.1f} to {100 * high:.1f}\u00a0%: {count:,} images)"
 
 
 def _metric_title(run: Run, name: str) -> str:
-    label = markup.metric_label(name)
-    return label if run.splits[1] == "test" else f"{label.removeprefix('test ')} on {run.splits[1]}"
+    label, split = markup.metric_label(name), run.splits.validation if name.startswith("validation/") else run.splits.test
+    return label if split == "test" else f"{label.removeprefix('test ').removeprefix('validation ')} on {split}"
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -180,8 +186,9 @@ def _facts(run: Run) -> dict[str, Any]:
     unknown = "not known yet"
     return {
         "task": config.data.task,
-        "training split": run.splits[0],
-        "test split": run.splits[1],
+        "training split": run.splits.train,
+        **({"validation split": run.splits.validation} if run.splits.validation else {}),
+        "test split": run.splits.test,
         "started from": start,
         **({"parameters": f"{run.num_parameters:,}"} if run.num_parameters else {}),
         "image size": f"{config.data.image_size} px",

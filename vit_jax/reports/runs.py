@@ -24,7 +24,7 @@ from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check
 from vit_jax.config_files import from_json
 from vit_jax.data.sources import Source
-from vit_jax.data.splits import open_split
+from vit_jax.data.splits import Names, names, open_split
 from vit_jax.data.tasks import Task, find_prepared, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
 from vit_jax.files import FINAL_WEIGHTS, sha256
@@ -79,16 +79,23 @@ class Run:
     def evaluations(self) -> list[dict[str, float]]:
         """The lines with a test accuracy, without a step that diverged."""
         valid = self.metrics[:-1] if self.diverged else self.metrics
-        return [line for line in valid if "test/accuracy" in line]
+        return [line for line in valid if self.chosen_metric in line]
 
     @property
     def best(self) -> dict[str, float] | None:
         """The first evaluation with the highest accuracy, which the run chooses too; None if there is no evaluation."""
-        return max(self.evaluations, key=lambda line: line["test/accuracy"], default=None)
+        return max(self.evaluations, key=lambda line: line[self.chosen_metric], default=None)
+
+    @property
+    def chosen_metric(self) -> str:
+        """The accuracy that chooses the best state: "validation/accuracy" or, without a validation split, "test/accuracy"."""
+        return f"{'validation' if self.config.data.validation_split else 'test'}/accuracy"
 
     @property
     def num_evaluated(self) -> int:
         """Number of images in an evaluation; 0 if it is not known on this machine."""
+        if self.splits.validation and not self.finished:
+            return 0
         try:
             return len(self.predictions[1]) if self.finished else len(self.test)
         except (Missing, DataError):
@@ -108,14 +115,12 @@ class Run:
         return (sum(self.config.training.batch_size / rate for rate in rates), statistics.median(rates)) if rates else None
 
     @property
-    def splits(self) -> tuple[str, str]:
-        """The training and the test split, in TFDS's language; "train" and "test" if this version has no such task."""
-        data = self.config.data
+    def splits(self) -> Names:
+        """The splits of the run; as named in its configuration, else "train" and "test", if this version has no such task."""
         try:
-            row = self.task
+            return names(self.task, self.config.data)
         except DataError:
-            return data.train_split or "train", data.test_split or "test"
-        return data.train_split or row.train_split, data.test_split or row.test_split
+            return names(Task("", ""), self.config.data)
 
     @property
     def test_name(self) -> str:
@@ -123,9 +128,20 @@ class Run:
         return "the test split" if self.splits[1] == "test" else f"the split {self.splits[1]}"
 
     @property
+    def test_label(self) -> str:
+        """The name of its accuracy on the test split."""
+        return "test accuracy" if self.splits.test == "test" else f"accuracy on {self.splits.test}"
+
+    @property
+    def chosen_name(self) -> str:
+        """The split that chooses the best state as text, and on which every evaluation but the last test is made."""
+        return f"the split {self.splits.validation}" if self.splits.validation else self.test_name
+
+    @property
     def accuracy_label(self) -> str:
-        """The name of its accuracy: "test accuracy", or "accuracy on train[90%:]" if that is the split it is tested on."""
-        return "test accuracy" if self.splits[1] == "test" else f"accuracy on {self.splits[1]}"
+        """The name of its accuracy: "test accuracy", or "accuracy on train[90%:]" if that is the split it is evaluated on."""
+        split = self.splits.validation or self.splits.test
+        return "test accuracy" if split == "test" else f"accuracy on {split}"
 
     @functools.cached_property
     def weights(self) -> Path:

@@ -81,9 +81,9 @@ def learning_figures(run: Run) -> Iterator[CaptionedFigure]:
         raise Missing("There are no metrics yet: the run writes one line per step.")
     caption = (
         f"Steps 1 to {run.step} of {run.config.training.steps}. Pale: the training loss of each step; the line over it is its "
-        f"running mean. Each evaluation uses all images of {run.test_name}."
+        f"running mean. Each evaluation uses all images of {run.chosen_name}."
     )
-    figure = curves.learning_curves({run.name: run.metrics}, run.accuracy_label)
+    figure = curves.learning_curves({run.name: run.metrics}, run.accuracy_label, run.chosen_metric.split("/")[0])
     yield CaptionedFigure("curves", "Learning curves", figure, caption)
 
 

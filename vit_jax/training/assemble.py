@@ -15,7 +15,6 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.config import AUTO, Config
 from vit_jax.data import splits
-from vit_jax.data.sources import Source
 from vit_jax.data.tasks import Task, task
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
@@ -41,7 +40,7 @@ class Parts:
     optimizer: optax.GradientTransformation
     rate: Callable[[int], float]  # the learning rate of an update as a function of the updates before it
     layout: Layout
-    sources: tuple[Source, Source]  # of training and test
+    sources: splits.Splits  # of training, test and, if there is one, validation
     program: program.Program
     meta: dict[str, Any]  # the content of the JSON next to the run's weights
     saved: bool  # whether the model is that of a saved state
@@ -50,12 +49,23 @@ class Parts:
     @functools.cached_property
     def train_feed(self) -> Feed:
         """The training split; read when it is first used."""
-        return Feed(self.sources[0], self.layout, self.config.run.device_budget_mib * 2**20)
+        return Feed(self.sources.train, self.layout, self.config.run.device_budget_mib * 2**20)
 
     @functools.cached_property
     def test_feed(self) -> Feed:
         """The test split, likewise."""
-        return Feed(self.sources[1], self.layout, self.config.run.device_budget_mib * 2**20)
+        return Feed(self.sources.test, self.layout, self.config.run.device_budget_mib * 2**20)
+
+    @functools.cached_property
+    def validation_feed(self) -> Feed | None:
+        """The validation split, likewise; None if the run has none."""
+        source = self.sources.validation
+        return Feed(source, self.layout, self.config.run.device_budget_mib * 2**20) if source else None
+
+    @property
+    def chosen_on(self) -> str:
+        """The split that chooses the best state: "validation" if there is one, else "test"."""
+        return "validation" if self.sources.validation else "test"
 
     def state(self) -> TrainState:
         """The state before the first update, on the host's default device."""
@@ -69,9 +79,11 @@ class Parts:
         """One line about the model, its parameters, the data and the devices."""
         model, data = self.model, self.config.data
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        validation = f", {len(self.sources.validation):,} validation" if self.sources.validation else ""
         return (
             f"{name_of(model) or 'a Vision Transformer'} with {count:,} parameters at {data.image_size} px; {data.task}: "
-            f"{len(self.sources[0]):,} training and {len(self.sources[1]):,} test images; {self.layout.describe()}"
+            f"{len(self.sources.train):,} training{validation} and {len(self.sources.test):,} test images; "
+            f"{self.layout.describe()}"
         )
 
 
@@ -87,7 +99,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
     if data.normalization == "dataset" and not row.mean:
         raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     sources = open_splits(config, row)
-    num_classes = sources[0].num_classes
+    num_classes = sources.train.num_classes
     warnings = tuple(splits.warnings(row, data, sources, config.training.batch_size))
     for warning in warnings:
         _log.warning("*** warning: %s ***", warning)
@@ -95,7 +107,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         params: Any = restore.shapes_of(saved)
         model = from_tree(params)
     else:
-        keep_head = _keep_head(config, num_classes, sources[0].class_names)
+        keep_head = _keep_head(config, num_classes, sources.train.class_names)
         config = _replace_model(config, keep_head="true" if keep_head else "false")
         model, params = _initial_model(config, num_classes, keep_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
@@ -118,14 +130,14 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         layout=layout,
         sources=sources,
         program=program.build(model, config.augment, optimizer, layout, config.seed, data.image_size, statistics),
-        meta=_describe_weights(config, statistics, sources[0].class_names, saved),
+        meta=_describe_weights(config, statistics, sources.train.class_names, saved),
         saved=saved is not None,
         warnings=warnings,
     )
 
 
-def open_splits(config: Config, row: Task) -> tuple[Source, Source]:
-    """The training and the test split of a configuration's task, which are prepared first if they are not there."""
+def open_splits(config: Config, row: Task) -> splits.Splits:
+    """The splits of a configuration's task, which are prepared first if they are not there."""
     try:
         return splits.open_splits(row, config.data, config.run.data_dir)
     except OSError as error:  # no permission

@@ -173,9 +173,10 @@ def workdir_of(source: str) -> Path:
 
 def report(config: Config, metrics: dict[str, float]) -> str:
     """The metrics of a run for people, with the split that was evaluated, next to what its configuration expects."""
+    from vit_jax.data.splits import names
     from vit_jax.data.tasks import task
 
-    expected, split = dict(config.run.expected), config.data.test_split or task(config.data.task).test_split
+    expected, (_, split, validation) = dict(config.run.expected), names(task(config.data.task), config.data)
 
     def figure(name: str, value: float) -> str:
         return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4g}"
@@ -191,9 +192,15 @@ def report(config: Config, metrics: dict[str, float]) -> str:
         if (key := f"test/{name}") in metrics:
             hint = f" (expected {figure(key, expected.pop(key))})" if key in expected else ""
             lines.append(f"{title(on_split(name))} {figure(key, metrics[key])} after {metrics['step']:.0f} steps{hint}")
+    if "validation/accuracy" in metrics:
+        lines.append(f"Validation accuracy {figure('accuracy', metrics['validation/accuracy'])} on {validation}")
     if "best/accuracy" in metrics:
         best = f"{figure('accuracy', metrics['best/accuracy'])} after {metrics['best/step']:.0f} steps"
-        chosen = "the test split" if split == "test" else split
-        lines.append(f"Best {on_split('accuracy')} {best}, chosen on {chosen}")
+        chosen = validation or ("the test split" if split == "test" else split)
+        tested = ""
+        if "best/test_accuracy" in metrics:
+            tested = f"; {on_split('accuracy')} of that state {figure('accuracy', metrics['best/test_accuracy'])}"
+        measured = "validation accuracy" if validation else on_split("accuracy")
+        lines.append(f"Best {measured} {best}, chosen on {chosen}{tested}")
     lines += [f"Expected {name.replace('test/', 'test ')}: {figure(name, value)}" for name, value in expected.items()]
     return "\n".join(lines)

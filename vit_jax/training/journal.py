@@ -19,6 +19,7 @@ _SHOWN = {
     "train/loss": ("{:.3f}", "loss"),
     "train/learning_rate": ("{:.2g}", "lr"),
     "train/images_per_second": ("{:.0f}", "img/s"),
+    "validation/accuracy": ("{:.2%}", "validation"),
     "test/accuracy": ("{:.2%}", "test"),
 }
 

@@ -23,7 +23,9 @@ from vit_jax.training.workdir import check_workdir, lock_workdir, record_environ
 class Result:
     """The result of a run: the metrics of its last evaluation and of its best one, and its last parameters."""
 
-    metrics: dict[str, float]  # "step", "test/loss", "test/accuracy", "test/accuracy_top5", "best/step", "best/accuracy"
+    # "step", "test/loss", "test/accuracy", "test/accuracy_top5", "best/step", "best/accuracy"; with a validation split also
+    # "validation/…", and "best/accuracy" is measured there, "best/test_accuracy" on the test split.
+    metrics: dict[str, float]
     params: Any
     finished: bool = True  # False if a signal ended the run before its last step
     signal: int = 0  # the number of the signal that arrived, if one did
@@ -61,7 +63,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 line = meter.read()
                 if last or evaluates:
                     line |= outputs.evaluate(parts, state.params, step, workdir)
-                    saver.update_best(step, line["test/accuracy"], state.params)
+                    saver.update_best(step, line[f"{parts.chosen_on}/accuracy"], state.params)
                 log.write(step, line)
                 stop = guard.stop  # read once: what ends the run is also what saves it
                 if last or saves or stop:
@@ -70,7 +72,9 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 if stop:
                     break
                 meter.restart()
-            found = outputs.complete(parts, state.params, step, workdir, log)
+            found = outputs.complete(parts, state.params, step, workdir, log) | outputs.test_best(
+                parts, saver, step, workdir, log
+            )
         state, finished = layout.gather(state), step == settings.steps
         if finished:
             saver.export(state, found["test/accuracy"])

@@ -10,24 +10,53 @@ from vit_jax.metrics import read
 from vit_jax.training import journal
 from vit_jax.training.assemble import Parts
 from vit_jax.training.evaluate import has_predictions, metrics, predictions
+from vit_jax.training.feed import Feed
 from vit_jax.training.guard import Guard
+from vit_jax.training.saving import Saver
 
 PREDICTIONS = "predictions.npz"
+_BEST = "best/test_accuracy"
 
 
 def evaluate(parts: Parts, params: Any, step: int, workdir: Path | None = None) -> dict[str, float]:
-    """Test metrics of parameters on the devices, under their names in metrics.jsonl.
+    """Metrics of parameters on the devices, under their names in metrics.jsonl.
 
-    At the last step of a run, its logits and labels are written to `workdir`. Raises guard.Diverged if the loss is not finite.
+    A run with a validation split measures that, and the test split only at its last step. The logits and labels of the test
+    split are then written to `workdir`. Without `workdir`, every split is measured. Raises guard.Diverged if a loss is not
+    finite.
     """
-    logits, labels = predictions(parts.program.predict, params, parts.test_feed, parts.config.run.eval_batch_size)
-    found = {f"test/{name}": value for name, value in metrics(logits, labels).items()}
-    if workdir:
-        Guard.check(step, found)
-        if step == parts.config.training.steps:
+    last, found = step == parts.config.training.steps, {}
+    if parts.validation_feed:
+        found = _measure(parts, params, "validation", parts.validation_feed)[0]
+    if last or not (workdir and found):
+        tested, logits, labels = _measure(parts, params, "test", parts.test_feed)
+        found |= tested
+        if workdir and last:
+            Guard.check(step, found)
             with whole_file(workdir / PREDICTIONS) as file:
                 np.savez(file, logits=logits, labels=labels)
+    if workdir:
+        Guard.check(step, found)
     return found
+
+
+def test_best(parts: Parts, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
+    """The test accuracy of the parameters that the validation split chose, measured once, when the run is finished."""
+    if not parts.validation_feed or saver.best is None or step < parts.config.training.steps:
+        return {}
+    for line in read(workdir):
+        if _BEST in line:
+            return {_BEST: line[_BEST]}
+    params = parts.layout.put(saver.best_params)
+    found = {_BEST: _measure(parts, params, "test", parts.test_feed)[0]["test/accuracy"]}
+    log.write(step, found)
+    return found
+
+
+def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """The metrics of a split, and its logits and labels."""
+    logits, labels = predictions(parts.program.predict, params, feed, parts.config.run.eval_batch_size)
+    return {f"{split}/{name}": value for name, value in metrics(logits, labels).items()}, logits, labels
 
 
 def complete(parts: Parts, params: Any, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
@@ -35,12 +64,12 @@ def complete(parts: Parts, params: Any, step: int, workdir: Path, log: journal.J
 
     A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation.
     """
-    lines = [line for line in read(workdir) if "test/accuracy" in line]
+    lines = [line for line in read(workdir) if f"{parts.chosen_on}/accuracy" in line]
     last = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
     if step < parts.config.training.steps:
         return last
     has_line = last.get("step") == step
-    if has_line and has_predictions(workdir / PREDICTIONS, parts.sources[1]):
+    if has_line and has_predictions(workdir / PREDICTIONS, parts.sources.test):
         return last
     found = evaluate(parts, params, step, workdir)
     if not has_line:

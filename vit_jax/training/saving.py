@@ -41,7 +41,8 @@ class Saver:
     """Keeps the two newest states of a run and the best parameters; writes best.npz and final.npz.
 
     Attributes:
-      best: {"step", "accuracy"} of the best evaluation so far, or None; its parameters stay in memory between saves.
+      best: {"step", "accuracy"} of the best evaluation so far, or None.
+      best_params: its parameters, which stay in memory between saves.
     """
 
     def __init__(self, workdir: Path, meta: dict[str, Any], config: Config):
@@ -56,7 +57,7 @@ class Saver:
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
-        self._best_params: Any = None
+        self.best_params: Any = None
         self._manager: Any = None
         self._broken = False  # a save has failed
         restore.ignore_late_callbacks()
@@ -74,7 +75,7 @@ class Saver:
             os.replace(self._folder / str(step), self._folder / f"damaged-{step}-{time.time_ns()}")
         for step in restore.steps(self._folder)[_KEPT:]:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
-        self.best, self._best_params = saved.record["best"], saved.best_params
+        self.best, self.best_params = saved.record["best"], saved.best_params
         self._open()  # which removes states that a killed process was writing
         return saved.state
 
@@ -93,7 +94,7 @@ class Saver:
         """Records an evaluation of `params`, and copies them if they are the best so far."""
         if self.best is None or accuracy > self.best["accuracy"]:
             # A copy on the devices, because the next step reuses the original's memory; the next save brings it to the host.
-            self.best, self._best_params = {"step": step, "accuracy": accuracy}, _copy(params)
+            self.best, self.best_params = {"step": step, "accuracy": accuracy}, _copy(params)
 
     def save(self, state: TrainState) -> None:
         """Begins to save a state that is on the host, and writes best.npz if it is new; returns before the state is durable."""
@@ -103,10 +104,10 @@ class Saver:
         if step in restore.steps(self._folder):
             return
         if self.best is not None:
-            self._best_params = jax.device_get(self._best_params)
+            self.best_params = jax.device_get(self.best_params)
         items = {"state": restore.flat(state)}
         if self.best is not None and self.best["step"] != step:
-            items["best"] = restore.flat(self._best_params)
+            items["best"] = restore.flat(self.best_params)
         record = restore.make_record(items, self.best, self._config, self._meta, state.params)
         saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
         try:
@@ -126,7 +127,7 @@ class Saver:
 
     def _write_best(self) -> None:
         if self.best is not None and self._written != self.best["step"]:
-            self._write(BEST_WEIGHTS, self._best_params, self.best, may_be_there=self._written is None)
+            self._write(BEST_WEIGHTS, self.best_params, self.best, may_be_there=self._written is None)
             self._written = self.best["step"]
 
     def _write(self, name: str, params: Any, of: dict[str, Any], may_be_there: bool) -> None:

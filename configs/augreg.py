@@ -10,22 +10,18 @@ images take `--config.training.steps=500`; on 8 or more devices `--config.traini
 """
 
 from vit_jax import Config
-from vit_jax.checkpoints.catalogue import resolve
-from vit_jax.errors import CheckpointError, ConfigError
+from vit_jax.checkpoints.load import architecture
+from vit_jax.errors import ConfigError
 
 
 def get_config(argument: str = "") -> Config:
     model, _, task = argument.partition(",")
     if not model or not task:
         raise ConfigError("configs/augreg.py wants a checkpoint and a task, as in configs/augreg.py:R+Ti/16,cifar100")
-    try:
-        published = resolve(model)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
     config = Config()
     config.model.checkpoint = model
     config.data.task = task
-    config.data.image_size = published.image_size
+    config.data.image_size = architecture(model)[1]
     config.augment.crop = "tensorflow"
     config.augment.crop_area = (0.05, 1.0)
     config.augment.flip = True

@@ -14,10 +14,10 @@ the command line take precedence, as in `--config.training.steps=500`.
 import math
 
 from vit_jax import Config
-from vit_jax.checkpoints.catalogue import resolve
+from vit_jax.checkpoints.load import architecture
 from vit_jax.data.splits import count
 from vit_jax.data.tasks import task
-from vit_jax.errors import CheckpointError, ConfigError
+from vit_jax.errors import ConfigError
 
 EPOCHS, LEAST, MOST = 20, 12_800, 320_000  # images seen
 
@@ -29,10 +29,7 @@ def get_config(argument: str = "") -> Config:
     config = Config()
     config.model.checkpoint = checkpoint
     config.data.task = name
-    try:
-        config.data.image_size = resolve(checkpoint).image_size
-    except CheckpointError:  # a file or a run's folder
-        config.data.image_size = 224
+    config.data.image_size = architecture(checkpoint)[1]
     images = count(task(name), config.data)
     config.augment.crop_area = (0.3, 1.0)
     config.optimizer.learning_rate = 0.01

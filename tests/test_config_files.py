@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vit_jax.config import Config, check
 from vit_jax.config_files import from_json, read, to_json
@@ -90,7 +91,12 @@ def test_unknown_configuration_error_lists_names_and_the_nearest(tmp_path, monke
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_configs_are_valid_and_open_with_their_command(path):
+def test_configs_are_valid_and_open_with_their_command(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(20):  # the images that the command of finetune.py names
+        photo = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(photo)
     command = re.search(
         rf"python main.py --config configs/{path.name}(:\S+)?", ast.get_docstring(ast.parse(path.read_text())) or ""
     )

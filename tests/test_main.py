@@ -45,7 +45,7 @@ def test_full_disk_and_closed_pipe_give_no_traceback():
 def test_help_lists_every_command(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: vit_jax {train,predict,report,data,checkpoints} …\n")
+    assert text.startswith("usage: vit_jax {train,predict,report,data,checkpoints,sweep} …\n")
     assert all(f"\n  {name:13}{words}\n" in text for name, words in entry.COMMANDS.items())
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vit_jax {vit_jax.__version__}\n"
@@ -58,10 +58,10 @@ def test_help_lists_every_command(capsys):
         (["reports"], "unknown command 'reports'; the nearest is report; see vit_jax --help"),
         (
             ["xyz", "--help"],
-            "unknown command 'xyz'; commands are train, predict, report, data, checkpoints; see vit_jax --help",
+            "unknown command 'xyz'; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help",
         ),
-        (["--config", "demo"], "unknown command '--config'; commands are train, predict, report, data, checkpoints; see"),
-        ([], "no command; commands are train, predict, report, data, checkpoints; see vit_jax --help"),
+        (["--config", "demo"], "unknown command '--config'; commands are train, predict, report, data, checkpoints, sweep; see"),
+        ([], "no command; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help"),
     ],
 )
 def test_unknown_command_is_one_line_and_status_2(capsys, arguments, said):
@@ -138,7 +138,7 @@ def test_configuration_name_that_is_unknown_shows_all_names(capsys):
     assert entry.main(["train", "--config", "cifar10_b16"]) == 2
     assert capsys.readouterr().err == (
         "error: configuration 'cifar10_b16': there is no such file or name; names are augreg, cifar100_b16, cifar100_scratch, "
-        "demo; the nearest is cifar100_b16\n"
+        "demo, finetune; the nearest is cifar100_b16\n"
     )
 
 

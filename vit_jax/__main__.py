@@ -13,7 +13,9 @@ COMMANDS = {
     "report": "write the page of a run, or a page that compares several runs",
     "data": "list, prepare and show data sets",
     "checkpoints": "list, download, inspect, check and convert weights",
+    "sweep": "fill the table of the AugReg paper: models by tasks",
 }
+MODULES = {"report": "vit_jax.reports.__main__", "sweep": "vit_jax.studies.vtab"}  # the others have the command's name
 
 
 def console() -> NoReturn:
@@ -49,7 +51,7 @@ def main(argv: list[str], program: str = "vit_jax") -> int:
     if command == "train":
         return train(arguments, f"{program} train")
     if command in COMMANDS:
-        module = importlib.import_module(f"vit_jax.{'reports' if command == 'report' else command}.__main__")
+        module = importlib.import_module(MODULES.get(command, f"vit_jax.{command}.__main__"))
         return module.main(arguments, f"{program} {command}")
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f"the nearest is {near[0]}" if near else f"commands are {', '.join(COMMANDS)}"

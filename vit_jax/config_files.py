@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import Config, shown
-from vit_jax.errors import ConfigError, reason
+from vit_jax.errors import ConfigError, UserError, reason
 
 RENAMED = {"training.accumulation": "training.grad_accum_steps"}  # fields of earlier versions, in config.json of their runs
 
@@ -85,8 +85,8 @@ def read(source: str) -> Config:
     try:
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()
-    except ConfigError:
-        raise
+    except UserError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
     except Exception as error:
         renamed = [f"; {old} is called {new} now" for old, new in RENAMED.items() if f"'{old.split('.')[-1]}'" in str(error)]
         raise ConfigError(

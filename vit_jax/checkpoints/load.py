@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import find
 from vit_jax.errors import CheckpointError, reason
 from vit_jax.formats.google import POSITIONS, read_meta, read_npz, read_shapes
-from vit_jax.formats.meta import grid_of, statistics
+from vit_jax.formats.meta import grid_of, image_size, statistics
 from vit_jax.formats.stablehlo import read_about
 from vit_jax.formats.torch_files import read_config, read_safetensors
-from vit_jax.models.variants import from_tree, shapes
+from vit_jax.models.variants import build, from_tree, patches, shapes
 from vit_jax.models.vit import VisionTransformer
 
 
@@ -129,6 +130,20 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[VisionTransformer, dic
     model, tree = model_of_file(path, skip)
     with as_checkpoint_error(path):
         return model, tree if _is_safetensors(path) else read_npz(path, skip)
+
+
+def architecture(source: str) -> tuple[VisionTransformer, int]:
+    """The model, and the height of its images in pixels, of a published name, which is not downloaded, or of a file.
+
+    Raises:
+      CheckpointError: if the name is unknown or the file cannot be read.
+    """
+    if not Path(source).expanduser().exists():
+        row = resolve(source)
+        return build(row.variant, num_classes=row.num_classes), row.image_size
+    path = find(source)
+    model, tree = model_of_file(path)
+    return model, image_size(meta_of(path), model.stride, patches(model, tree))[0]
 
 
 def meta_of(path: Path) -> dict[str, Any]:

@@ -77,6 +77,10 @@ def _advice(workdir: Path, config: Config, names: list[str]) -> str:
     return f"{text}. Name another --workdir, or set the fields back"
 
 
+class Busy(ConfigError):
+    """Another process trains in the folder."""
+
+
 @contextlib.contextmanager
 def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
     """Creates and locks the folder for the duration of the block, and writes config.json.
@@ -89,7 +93,7 @@ def lock_workdir(workdir: Path, config: Config) -> Iterator[None]:
         try:
             stack.enter_context(locked(workdir / ".lock", f"trains in {workdir}", wait=False))
         except BlockingIOError:
-            raise ConfigError(f"another process trains in {workdir}; wait for it or name another --workdir") from None
+            raise Busy(f"another process trains in {workdir}; wait for it or name another --workdir") from None
         except OSError as error:
             raise ConfigError(f"{workdir} cannot be written or locked ({reason(error)}); name another --workdir") from None
         check_workdir(workdir, config)  # again: another process may have trained here since

@@ -1,0 +1,93 @@
+"""Many runs in one folder: killed and started again, a study goes on where it was; several processes can share it."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax import metrics
+from vit_jax.config import Config, difference
+from vit_jax.config_files import from_json
+from vit_jax.errors import ConfigError, UserError, reason
+from vit_jax.files import FINAL_WEIGHTS
+from vit_jax.training import loop
+from vit_jax.training.workdir import Busy
+
+_WAIT = 5.0  # seconds until a cell that another process trains is looked at again
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+      name: of its folder, below that of the study.
+      config: of the run.
+    """
+
+    name: str
+    config: Config
+
+
+class Stopped(Exception):
+    """A signal ended the study; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def result(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The last metrics of a cell that is finished, from its files; None if it is not.
+
+    Raises:
+      ConfigError: if its folder holds a run of another configuration.
+    """
+    workdir = folder / cell.name
+    if not (workdir / FINAL_WEIGHTS).is_file():
+        return None
+    try:
+        saved = from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+    except OSError:
+        return None
+    if names := difference(cell.config, saved):
+        raise ConfigError(f"{workdir} holds a run with other values of {', '.join(names)}: name another --output, or remove it")
+    found = [line for line in metrics.read(workdir) if line["step"] == cell.config.training.steps and "test/accuracy" in line]
+    return found[-1] if found else None
+
+
+def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, Any] | UserError]]:
+    """Trains the cells that are not finished, and yields each with its last metrics, or with the error that ended it.
+
+    A cell that another process trains is waited for, after all others. Cells of the same configuration but for the numbers of
+    steps and rates compile once.
+
+    Raises:
+      Stopped: if SIGINT or SIGTERM ended a run; its state is saved.
+    """
+    waiting = list(cells)
+    while waiting:
+        busy = []
+        for number, cell in enumerate(waiting, 1):
+            try:
+                found = result(cell, folder)
+                if found is None:
+                    print(f"[{number} of {len(waiting)}] {cell.name}", file=sys.stderr, flush=True)
+                    trained = loop.train(cell.config, folder / cell.name)
+                    if not trained.finished:
+                        raise Stopped(trained.signal)
+                    found = trained.metrics
+                    jax.clear_caches()  # the programs of many models would fill the memory
+                yield cell, found
+            except Busy:
+                busy.append(cell)
+            except UserError as error:
+                print(f"{cell.name}: {reason(error, 1000)}", file=sys.stderr, flush=True)
+                yield cell, error
+        if busy:
+            time.sleep(_WAIT)
+        waiting = busy

@@ -1,0 +1,262 @@
+"""The table of the AugReg paper: models by tasks, each cell chosen on validation images, then trained on all and tested.
+
+    python -m vit_jax.studies.vtab --models B/16,R+Ti/16 --tasks all
+
+The protocol is that of "How to train your ViT?" (Steiner et al. 2021, section 4.4 and table 3): of all given numbers of steps
+and learning rates the pair with the highest final accuracy on the task's validation split is chosen; the model is then
+trained with it on the training and validation images and tested once.
+"""
+
+import argparse
+import ast
+import csv
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_jax import cli
+
+if TYPE_CHECKING:
+    from vit_jax.config import Config
+    from vit_jax.studies.grid import Cell
+
+STEPS, RATES = (500, 2500), (0.001, 0.003, 0.01, 0.03)  # the paper's grid
+GROUPS = ("natural", "specialized", "structured")
+PAPER = Path(__file__).parents[1] / "assets" / "augreg_vtab.csv"
+PRETRAINING = "ImageNet-21k (300ep)"  # of the files that the names of models mean
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            values = tuple(kind(word) for word in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them") from None
+        if any(value <= 0 for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0")
+        return values
+
+    return parse
+
+
+def main(argv: list[str] | None = None, program: str = "python -m vit_jax.studies.vtab") -> int:
+    """Runs the sweep; returns the exit status: 1 if a cell failed."""
+    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--models", required=True, help="published names or files, with commas between them")
+    parser.add_argument(
+        "--tasks", default="all", help="all, natural, specialized, structured, or names of `vit_jax data list`, with commas"
+    )
+    parser.add_argument("--steps", type=_numbers(int), default=STEPS, help="numbers of steps to try; default: 500,2500")
+    parser.add_argument("--lrs", type=_numbers(float), default=RATES, help="rates to try; default: 0.001,0.003,0.01,0.03")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/vtab"), help="folder of the runs and the table; default: runs/vtab"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the runs and their cost")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set a field of every run, as in training.batch_size=64",
+    )
+    args = parser.parse_args(argv)
+    return cli.call(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from vit_jax import runtime
+    from vit_jax.studies import grid
+
+    models, names = args.models.split(","), tasks(args.tasks)
+    searches = {
+        (model, name): [
+            cell(model, name, steps, rate, args.config, search=True) for steps, rate in itertools.product(args.steps, args.lrs)
+        ]
+        for model, name in itertools.product(models, names)
+    }
+    if args.dry_run:
+        print("\n".join(describe(searches)))
+        return 0
+    runtime.prepare()
+    failed = 0
+    try:
+        found = {one.name: value for one, value in grid.run(list(itertools.chain(*searches.values())), args.output)}
+        finals = {}
+        for key, cells in searches.items():
+            scores = [value["validation/accuracy"] for one in cells if isinstance(value := found[one.name], dict)]
+            failed += len(cells) - len(scores)
+            if len(scores) == len(cells):  # with a missing one, the choice could be another
+                best = cells[scores.index(max(scores))].config
+                finals[key] = cell(*key, best.training.steps, best.optimizer.learning_rate, args.config, search=False)
+        results = {one.name: value for one, value in grid.run(list(finals.values()), args.output)}
+    except grid.Stopped as stopped:
+        print("stopped and saved; run the same command again to continue", file=sys.stderr)
+        return 128 + stopped.number
+    accuracies = {}
+    for key, one in finals.items():
+        value = results[one.name]
+        failed += not isinstance(value, dict)
+        if isinstance(value, dict):
+            accuracies[key] = 100 * value["test/accuracy"]
+    write(args.output, models, names, accuracies, {key: one.config for key, one in finals.items()})
+    print((args.output / "table.md").read_text(), end="")
+    print(f"Table: {args.output / 'table.md'}, {args.output / 'table.csv'}; page: {args.output / 'index.html'}")
+    if failed:
+        print(f"{failed} runs failed; run the same command again to try them again", file=sys.stderr)
+    return int(failed > 0)
+
+
+def tasks(text: str) -> list[str]:
+    """The names of tasks that a command line means. Raises DataError for one that does not exist."""
+    from vit_jax.data.tasks import TASKS, task
+
+    names: list[str] = []
+    for word in text.split(","):
+        group = [name for name, row in TASKS.items() if row.group and word in ("all", row.group)]
+        names += group or [task(word).name]
+    return sorted(
+        set(names), key=lambda name: (GROUPS.index(TASKS[name].group) if name in TASKS and TASKS[name].group else 9, name)
+    )
+
+
+def cell(model: str, name: str, steps: int, rate: float, overrides: Sequence[str], search: bool) -> "Cell":
+    """The run of a model on a task: for the search with the task's validation split, else on all training images."""
+    from vit_jax import config_files
+    from vit_jax.config import check
+    from vit_jax.studies.grid import Cell
+
+    config = config_files.read(f"augreg:{model},{name}")
+    config.optimizer.learning_rate, config.training.steps = rate, steps
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)  # the paper's, or a fifth of a short run
+    config.data.validation_split = "own" if search else ""
+    for override in overrides:
+        _override(config, override)
+    config.training.eval_every = config.training.steps  # only the last evaluation counts
+    check(config)
+    place = f"{model}-{name}-{steps}-{rate:g}".replace("/", "_").replace(":", "_")
+    return Cell(f"{'search' if search else 'final'}/{place}", config)
+
+
+def _override(config: "Config", text: str) -> None:
+    """Sets "section.field=value"; ConfigError if there is no such field."""
+    from vit_jax.config import fields
+    from vit_jax.errors import ConfigError
+
+    name, _, value = text.partition("=")
+    known = fields(config)
+    if name not in known or not value:
+        raise ConfigError(
+            f"--config {text}: expected FIELD=VALUE with a field of a configuration, such as training.batch_size=64"
+        )
+    node: Any = config
+    *sections, field = name.split(".")
+    for section in sections:
+        node = getattr(node, section)
+    try:
+        setattr(node, field, value if known[name][1] is str else ast.literal_eval(value))
+    except (ValueError, SyntaxError):
+        raise ConfigError(
+            f"--config {text}: {value!r} is not a {getattr(known[name][1], '__name__', known[name][1])}"
+        ) from None
+
+
+def describe(searches: dict[tuple[str, str], list["Cell"]]) -> Iterator[str]:
+    """The cells of a sweep and what they cost, as lines."""
+    from vit_jax.checkpoints.load import architecture
+    from vit_jax.data.tasks import task
+    from vit_jax.models.variants import flops
+
+    total = 0.0
+    for (model, name), cells in searches.items():
+        known = architecture(model)[0].clone(num_classes=task(name).num_classes or 1, representation_size=0)
+        largest = max(one.config.training.steps for one in cells)
+        images = sum(one.config.training.steps * one.config.training.batch_size for one in cells)
+        images += largest * cells[0].config.training.batch_size  # of the last training, at most
+        cost = 3 * images * flops(known, cells[0].config.data.image_size)
+        total += cost
+        yield f"{model:12} {name:22} {len(cells)} + 1 runs, at most {images:,} training images, {cost / 1e15:,.1f} PFLOP"
+    number = sum(len(cells) + 1 for cells in searches.values())
+    hours = total / 1e14 / 3600
+    yield f"{number} runs, at most {total / 1e15:,.1f} PFLOP; at 100 TFLOP/s {hours:,.1f} hours, without evaluation"
+
+
+def means(values: dict[str, float]) -> dict[str, float]:
+    """The mean of each group of tasks of which all are there, as in the paper."""
+    from vit_jax.data.tasks import TASKS
+
+    found = {}
+    for group in GROUPS:
+        names = [name for name, row in TASKS.items() if row.group == group]
+        if all(name in values for name in names):
+            found[f"{group}_mean"] = statistics.mean(values[name] for name in names)
+    return found
+
+
+def paper() -> dict[tuple[str, str], dict[str, float]]:
+    """The published table: (pre-training, model) → task or mean of a group → accuracy in %."""
+    with open(PAPER, newline="", encoding="utf-8") as file:
+        return {
+            (row.pop("pretraining"), row.pop("model")): {name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        }
+
+
+def write(
+    folder: Path,
+    models: Sequence[str],
+    names: Sequence[str],
+    found: dict[tuple[str, str], float],
+    chosen: dict[tuple[str, str], Any],
+) -> None:
+    """Writes table.md, table.csv and index.html: accuracies in %, the paper's, and the differences.
+
+    Args:
+      folder: of the sweep.
+      models: in the order of the rows.
+      names: of the tasks, in the order of the columns.
+      found: (model, task) → test accuracy in %.
+      chosen: (model, task) → the configuration that was chosen.
+    """
+    from vit_jax.files import whole_file
+    from vit_jax.reports.markup import page_html, table_html
+
+    published = paper()
+    rows: list[list[str]] = []
+    columns = list(names)
+    for model in models:
+        ours = {name: found[model, name] for name in names if (model, name) in found}
+        ours |= means(ours)
+        columns += [name for name in ours if name not in columns]
+        theirs = published.get((PRETRAINING, model), {})
+        rows.append([model, "vit_jax", *(f"{ours[name]:.1f}" if name in ours else "–" for name in columns)])
+        if theirs:
+            rows.append(
+                [model, f"paper, {PRETRAINING}", *(f"{theirs[name]:.1f}" if name in theirs else "–" for name in columns)]
+            )
+            difference = [f"{ours[name] - theirs[name]:+.1f}" if name in ours and name in theirs else "–" for name in columns]
+            rows.append([model, "difference", *difference])
+        picked = [chosen.get((model, name)) for name in columns]
+        rows.append(
+            [model, "steps, rate", *(f"{c.training.steps}, {c.optimizer.learning_rate:g}" if c else "–" for c in picked)]
+        )
+    header = ["model", "", *columns]
+    rows = [row + ["–"] * (len(header) - len(row)) for row in rows]
+    text = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
+    source = "Test accuracy, %. Paper: Steiner et al. 2021, “How to train your ViT?”, table of VTAB results."
+    body = ["<h1>Models by tasks</h1>", f"<p>{source}</p>", table_html([header, *rows], "numbers")]
+    for file, content in (("table.md", text.encode()), ("index.html", page_html("Models by tasks", body))):
+        with whole_file(folder / file) as opened:
+            opened.write(content)
+    with whole_file(folder / "table.csv") as opened:
+        opened.write(
+            "".join(
+                ",".join(f'"{value}"' if "," in value else value for value in row) + "\n" for row in (header, *rows)
+            ).encode()
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -60,7 +60,10 @@ def test_help_lists_every_command(capsys):
             ["xyz", "--help"],
             "unknown command 'xyz'; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help",
         ),
-        (["--config", "demo"], "unknown command '--config'; commands are train, predict, report, data, checkpoints, sweep; see"),
+        (
+            ["--config", "demo"],
+            "unknown command '--config'; commands are train, predict, report, data, checkpoints, sweep; see",
+        ),
         ([], "no command; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help"),
     ],
 )

@@ -97,6 +97,30 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         model, params = _initial_model(config, row.num_classes, keep_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
     config = dataclasses.replace(config, model=runtime.resolve_auto(config.model, model, tokens))
+    model, optimizer, statistics, programs = build_programs(config, model, layout)
+    return Parts(
+        config=config,
+        model=model,
+        params=params,
+        optimizer=optimizer,
+        rate=optimizers.rate_on_host(optimizers.schedule(config.optimizer, config.training.steps)),
+        layout=layout,
+        sources=sources,
+        program=programs,
+        meta=_describe_weights(config, statistics, sources[0].class_names, saved),
+        saved=saved is not None,
+        warnings=warnings,
+    )
+
+
+def build_programs(
+    config: Config, model: VisionTransformer, layout: Layout
+) -> tuple[VisionTransformer, optax.GradientTransformation, Any, program.Program]:
+    """A model with the fields of its run, the optimizer, the statistics that images are scaled by, and the programs.
+
+    No field of `config.model` is "auto" any more; `model` has the architecture and the classes.
+    """
+    row, data = task(config.data.task), config.data
     model = model.clone(
         dropout=config.model.dropout,
         attention_dropout=config.model.attention_dropout,
@@ -106,19 +130,8 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
     )
     statistics = (row.mean, row.std) if data.normalization == "dataset" else GOOGLE_NORMALIZATION
     optimizer = optimizers.build(config.optimizer, config.training.steps)
-    return Parts(
-        config=config,
-        model=model,
-        params=params,
-        optimizer=optimizer,
-        rate=optimizers.rate_on_host(optimizers.schedule(config.optimizer, config.training.steps)),
-        layout=layout,
-        sources=sources,
-        program=program.build(model, config.augment, optimizer, layout, config.seed, data.image_size, statistics),
-        meta=_describe_weights(config, statistics, sources[0].class_names, saved),
-        saved=saved is not None,
-        warnings=warnings,
-    )
+    programs = program.build(model, config.augment, optimizer, layout, config.seed, data.image_size, statistics)
+    return model, optimizer, statistics, programs
 
 
 def open_splits(config: Config, row: Task) -> tuple[Source, Source]:

@@ -1,0 +1,124 @@
+"""`--dry_run --target` as far as it needs no plug-in: options, versions, and what is planned for which card."""
+
+import importlib.metadata
+
+import jax
+import pytest
+
+from vit_jax import Config
+from vit_jax import __main__ as entry
+from vit_jax.config import Model
+from vit_jax.errors import ConfigError
+from vit_jax.models.variants import build
+from vit_jax.training import forecast, target
+from vit_jax.training.cards import CARDS, card
+
+DEMO = ["train", "--config", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--dry_run", "--target", "h10"],
+            "--target h10: there is no such card; cards are h100, a100, l4, b200, rtx4090",
+        ),
+        (["--dry_run", "--target="], "--target : there is no such card; cards are h100, a100, l4, b200, rtx4090"),
+        (["--target", "h100"], "--target needs --dry_run"),
+        (["--target", "h100", "--eval_only"], "--target needs --dry_run"),
+        (["--dry_run", "--devices=8"], "--devices needs --target, one of h100, a100, l4, b200, rtx4090"),
+        (["--dry_run", "--hlo", "x.hlo"], "--hlo needs --target"),
+        (["--dry_run", "--target", "h100", "--devices", "many"], "flag --devices=many"),
+        (["--dry_run", "--target", "h100", "--hlo", "a\0b"], "--hlo must not contain a NUL character"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(capsys, arguments, said):
+    assert entry.main([*DEMO, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices=6"], "--devices 6: training.batch_size = 64 "),
+        (["--devices=100"], "--devices 100: training.batch_size = 64 "),
+        (["--devices=0"], "--devices 0: "),
+        (["--devices=48", "--config.training.grad_accum_steps=2"], "--devices 48: training.batch_size = 64 in training.grad_"),
+        (["--config.run.parallel=pmap"], "--target compiles for run.parallel=mesh, and run.parallel is 'pmap'"),
+        (["--hlo", "/no/such/folder/x.hlo"], "--hlo /no/such/folder/x.hlo cannot be written"),
+        (["--hlo", "/"], "--hlo / cannot be written"),
+        (["--hlo", "~no-such-user/x"], "--hlo"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_line(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(target, "check_plugin", lambda: pytest.fail("options are checked first"))
+    assert entry.main([*DEMO, "--dry_run", "--target", "h100", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts", "nearest"), [(6, 1, 4), (7, 1, 8), (100, 1, 64), (0, 1, 1), (48, 2, 32), (33, 2, 32)]
+)
+def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
+    config = Config()
+    config.training.grad_accum_steps = parts
+    with pytest.raises(ConfigError, match=f"the nearest number that works is {nearest}$"):
+        forecast.check_options(config, "h100", devices, "")
+
+
+def test_plugin_of_the_same_version_is_needed(monkeypatch):
+    versions = {}
+
+    def version(name):
+        if name in versions:
+            return versions[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=r'needs the CUDA plug-in of JAX, but no GPU: pip install "vit_jax\[aot\]"'):
+        target.check_plugin()
+    versions["jax-cuda13-plugin"] = "0.9.0"
+    command = rf'pip install "jax\[cuda13-local\]=={jax.__version__}"'
+    with pytest.raises(ConfigError, match=f"jax-cuda13-plugin is 0.9.0, jax is {jax.__version__}; {command}"):
+        target.check_plugin()
+    versions["jax-cuda13-plugin"] = jax.__version__
+    target.check_plugin()
+    versions["jax-cuda12-plugin"] = "0.9.0"
+    target.check_plugin()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_are_described_whole(name):
+    text = card(name).proto()
+    assert text.count("{") == text.count("}") == 4 and f"core_count: {CARDS[name].cores}\n" in text
+    assert 1 < CARDS[name].bfloat16 / CARDS[name].float32 < 32 and CARDS[name].memory > 20e9
+
+
+def test_auto_is_what_a_gpu_resolves_it_to():
+    model = build("B/16")
+
+    def resolved(model=model, **fields):
+        found = target.resolve_auto(Model(**fields), model)
+        return found.dtype, found.attention
+
+    assert resolved() == ("bfloat16", "cudnn")
+    assert resolved(dtype="float32") == ("float32", "xla")
+    assert resolved(attention_dropout=0.1) == ("bfloat16", "xla")
+    assert resolved(attention="xla") == ("bfloat16", "xla")
+    assert resolved(build("B/16", hidden_size=60, num_heads=10)) == ("bfloat16", "xla")
+
+
+def test_share_of_the_memory_follows_the_environment(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert target.usable(CARDS["h100"]) == 0.75 * CARDS["h100"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    assert target.usable(CARDS["h100"]) == 0.9 * CARDS["h100"].memory
+
+
+def test_options_of_a_described_run_are_checked_before_the_plugin():
+    config = Config()
+    config.model.variant = "B/16"
+    assert forecast.check_options(config, "h100", 8, "") is None

@@ -201,8 +201,8 @@ def test_freed_memory_is_kept_if_the_library_can(monkeypatch):
     runtime._keep_freed_memory()
 
 
-def resolved(**fields) -> tuple[str, str]:
-    found = runtime.resolve_auto(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), 5)
+def resolved(tokens: int = 5, **fields) -> tuple[str, str]:
+    found = runtime.resolve_auto(Model(**fields), build("B/8", hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32), tokens)
     return found.dtype, found.attention
 
 
@@ -230,3 +230,18 @@ def test_auto_takes_cudnn_only_if_its_numbers_agree(monkeypatch, caplog):
     wrong = lambda *a, implementation, **k: xla(*a, implementation="xla", **k) * (1 if implementation == "xla" else 1.5)  # noqa: E731
     monkeypatch.setattr(runtime, "dot_product_attention", wrong)
     assert resolved() == ("bfloat16", "xla") and "its numbers differ from XLA's" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [145, 197, 196, 257, 577])
+def test_trial_of_cudnn_is_padded_as_the_model_is(monkeypatch, tokens):
+    """JAX refuses odd numbers of tokens; XLA's attention computes what cuDNN would, called with the same lengths."""
+    public, calls = jax.nn.dot_product_attention, []
+
+    def attention(query, key, value, *, key_value_seq_lengths, implementation):
+        calls.append((query.shape[1], implementation, key_value_seq_lengths is None))
+        return public(query, key, value, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert resolved(tokens) == ("bfloat16", "cudnn")
+    assert calls == [(tokens + tokens % 2, "cudnn", tokens % 2 == 0)]

@@ -20,7 +20,7 @@ import numpy as np
 from vit_jax.config import AUTO, Model
 from vit_jax.errors import ConfigError, reason
 from vit_jax.files import cache_root, remove_scratch, whole_file
-from vit_jax.models.layers import dot_product_attention
+from vit_jax.models.layers import dot_product_attention, pad_tokens
 from vit_jax.models.vit import VisionTransformer
 
 _log = logging.getLogger("vit_jax")
@@ -185,11 +185,17 @@ def resolve_auto(settings: Model, model: VisionTransformer, tokens: int) -> Mode
 
 
 def _check_cudnn(shape: tuple[int, int, int, int]) -> None:
-    """Computes cuDNN's attention and its gradient on [B, T, heads, K]; raises unless they agree with XLA's in bfloat16."""
+    """Computes cuDNN's attention and its gradient on [B, T, heads, K]; raises unless they agree with XLA's in bfloat16.
+
+    An odd T is padded as in the model.
+    """
     draws = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
 
     def attention_and_gradient(implementation: str) -> Any:
-        attention = functools.partial(dot_product_attention, implementation=implementation, precision=jax.lax.Precision.DEFAULT)
+        def attention(query, key, value):
+            query, key, value = (pad_tokens(x, implementation) for x in (query, key, value))
+            padded = functools.partial(dot_product_attention, implementation=implementation, tokens=shape[1])
+            return padded(query, key, value, precision=jax.lax.Precision.DEFAULT)[:, : shape[1]]
 
         @jax.jit
         def run(query, key, value, gradient):

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.layers import dense, precision_of, self_attention
+from vit_jax.models.layers import dense, pad_tokens, precision_of, self_attention
 from vit_jax.models.resnet import ResNet
 
 GOOGLE_NORMALIZATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # channel means and deviations: (x - 127.5) / 127.5, to [-1, 1]
@@ -21,14 +21,15 @@ LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 @dataclasses.dataclass(frozen=True)
 class BlockFields:
-    """What the blocks of an encoder have in common; as the fields of VisionTransformer."""
+    """What the blocks of an encoder have in common, for one call; mostly as the fields of VisionTransformer."""
 
     num_heads: int
     mlp_dim: int
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    dtype: jax.typing.DTypeLike = jnp.float32
-    attention: str = "xla"
+    dropout: float
+    attention_dropout: float  # 0 in evaluation
+    dtype: jax.typing.DTypeLike
+    attention: str  # "linen" if attention weights are dropped or returned
+    tokens: int  # without padding
 
 
 class MlpBlock(nn.Module):
@@ -51,20 +52,20 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        fields, with_weights = self.fields, self.is_mutable_collection("intermediates")
+        fields = self.fields
         norms = [LayerNorm(dtype=fields.dtype, name=name) for name in ("LayerNorm_0", "LayerNorm_2")]
         attention = self_attention(
             fields.num_heads,
             fields.dtype,
             fields.attention,
-            fields.attention_dropout if train else 0.0,
-            with_weights,
+            fields.attention_dropout,
+            fields.tokens,
             name="MultiHeadDotProductAttention_1",
         )
         drop = nn.Dropout(fields.dropout, deterministic=not train)
         mlp = MlpBlock(fields, name="MlpBlock_3")
 
-        x = x + drop(attention(norms[0](x), sow_weights=with_weights))
+        x = x + drop(attention(norms[0](x), sow_weights=self.is_mutable_collection("intermediates")))
         return x + mlp(norms[1](x), train)
 
 
@@ -95,11 +96,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False):
         x = PositionEmbedding(name="posembed_input")(x)
-        x = nn.Dropout(self.fields.dropout, deterministic=not train)(x)
+        x = pad_tokens(nn.Dropout(self.fields.dropout, deterministic=not train)(x), self.fields.attention)
         block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
         for i in range(self.num_layers):
             x = block(self.fields, name=f"encoderblock_{i}")(x, train)
-        return LayerNorm(dtype=self.fields.dtype, name="encoder_norm")(x)
+        return LayerNorm(dtype=self.fields.dtype, name="encoder_norm")(x[:, : self.fields.tokens])
 
 
 class VisionTransformer(nn.Module):
@@ -156,7 +157,6 @@ class VisionTransformer(nn.Module):
     def __call__(self, images, train: bool = False):
         self._check(images)
         precision, dtype = precision_of(self.dtype), self.dtype
-        fields = BlockFields(self.num_heads, self.mlp_dim, self.dropout, self.attention_dropout, dtype, self.attention)
         x = images.astype(dtype)
         if self.resnet is not None:
             resnet = ResNet(self.resnet, self.resnet_width, dtype)
@@ -169,6 +169,9 @@ class VisionTransformer(nn.Module):
         if self.classifier == "token":
             token = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size), jnp.float32)
             x = jnp.concatenate([jnp.tile(token.astype(dtype), (x.shape[0], 1, 1)), x], axis=1)
+        attention_dropout = self.attention_dropout if train else 0.0
+        attention = "linen" if attention_dropout or self.is_mutable_collection("intermediates") else self.attention
+        fields = BlockFields(self.num_heads, self.mlp_dim, self.dropout, attention_dropout, dtype, attention, x.shape[1])
         x = Encoder(self.num_layers, fields, self.remat, name="Transformer")(x, train)
         x = x[:, 0] if self.classifier == "token" else jnp.mean(x, axis=1)
         if self.representation_size:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 _TRIES = 3  # programs that are compiled at most; each takes half a minute
-_CLOSE = 1.03  # a batch this much larger is not worth compiling for
+_CLOSE = 1.05  # a batch that is larger by less is not worth compiling for
+_AIM = 0.97  # of the memory: a program that fits at once saves another
 
 
 def round_down(size: float, unit: int) -> int:
@@ -33,7 +34,7 @@ def largest_batch(
         (a, low), (b, high) = sorted(sorted(points.items(), key=lambda point: abs(point[1] - limit))[:2])
         if high <= low:
             break
-        candidate = round_down(a + (limit - low) * (b - a) / (high - low), unit)
+        candidate = round_down(a + (_AIM * limit - low) * (b - a) / (high - low), unit)
         too_large = [size for size, bytes_ in points.items() if bytes_ > limit]
         if too_large and candidate >= min(too_large):
             candidate = round_down(min(too_large) - 1, unit)

@@ -1,11 +1,13 @@
 """What `--dry_run --target CARD` prints: memory, attention, exchange between the cards, kernels and a bound of the speed."""
 
 import collections
+import math
 import os
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from vit_jax.config import AUTO, Config, check
 from vit_jax.errors import ConfigError, printable, reason
@@ -86,8 +88,14 @@ def _train_step(run: Target) -> Plan:
 
 
 def _needed(run: Target, step: Plan) -> float:
-    """Bytes on each card during a training step, with what else lies there."""
+    """Bytes on each card during a training step, with the test split and the best parameters, which lie there, too."""
     return step.arguments + step.temporary + size(run.data[1]) + size(run.state.params)
+
+
+def _needed_with(run: Target, **fields: Any) -> float:
+    """The same of the run with other values of fields, compiled for it."""
+    changed = run.changed(**fields)
+    return _needed(changed, _train_step(changed))
 
 
 def _shape_lines(run: Target) -> list[str]:
@@ -99,18 +107,17 @@ def _shape_lines(run: Target) -> list[str]:
 
 def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[str]:
     """The memory plan and the largest batch; ConfigError with what would fit if the run does not."""
-    limit, needed = target.usable(chosen), _needed(run, step)
+    settings, limit, needed = run.config.training, target.usable(chosen), _needed(run, step)
     state, best, (training, test) = size(run.state), size(run.state.params), map(size, run.data)
-    # When the test split is evaluated, the state and both splits lie there, too.
     evaluating = state + training + test + best + predict.temporary
-    unit = len(run.layout.devices) * run.config.training.grad_accum_steps
-
-    def needed_by(size: int) -> float:
-        changed = run.changed(training_batch_size=size)
-        return _needed(changed, _train_step(changed))
-
     fixed = needed - step.temporary + best  # gradients are as large as the parameters
-    found = capacity.largest_batch(needed_by, limit, unit, (run.config.training.batch_size, needed), fixed)
+    found = capacity.largest_batch(
+        lambda images: _needed_with(run, training_batch_size=images),
+        limit,
+        unit=len(run.layout.devices) * settings.grad_accum_steps,
+        known=(settings.batch_size, needed),
+        fixed=fixed,
+    )
     if needed > limit:
         raise ConfigError(_too_large(run, chosen, needed, found))
     if evaluating > limit:
@@ -118,10 +125,11 @@ def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[
             f"run.eval_batch_size = {run.config.run.eval_batch_size} needs {_gb(evaluating)} on each card, "
             f"{_gb(limit)} of {_gb(chosen.memory)} can be used: lower it"
         )
-    images, most = found or (run.config.training.batch_size, needed)
+    images, most = found or (settings.batch_size, needed)
     return [
-        f"memory      {_gb(needed)} of {_gb(limit)} in a training step on each card: {_gb(state)} state, {_gb(training)} "
-        f"training images, {_gb(step.temporary)} temporary, {_gb(test)} test images, {_gb(best)} best parameters",
+        f"memory      {_gb(step.arguments + step.temporary)} on each card for a training step: {_gb(state)} state, "
+        f"{_gb(training)} training images, {_gb(step.temporary)} temporary",
+        f"            {_gb(needed)} with the test images ({_gb(test)}) and the best parameters ({_gb(best)})",
         f"            {_gb(evaluating)} in an evaluation of {run.eval_batch_size} images ({_gb(predict.temporary)} temporary)",
         f"            by XLA's plan, without the libraries' own; JAX takes {_gb(limit)} of the card's {_gb(chosen.memory)}",
         f"largest     a batch of {images:,} images fits: {_gb(most)} by its compiled program",
@@ -131,26 +139,20 @@ def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[
 def _too_large(run: Target, chosen: Card, needed: float, found: tuple[int, float] | None) -> str:
     """The error of a batch that does not fit: the largest that does, and whether remat or accumulation helps."""
     settings, count, limit = run.config.training, len(run.layout.devices), target.usable(chosen)
-    hints = [f"the largest batch that fits is {found[0]:,}" if found else "no batch of this model was found to fit"]
-    if not run.config.run.remat:
-        bytes_ = _needed(run, _train_step(run.changed(run_remat=True)))
-        verdict = "makes it fit" if bytes_ <= limit else "does not help enough"
-        hints.append(f"run.remat=true {verdict} ({_gb(bytes_)})")
-    if found and not settings.batch_size % count:
+    hints = [f"the largest batch that fits is {found[0]:,}" if found else "no batch was found that fits"]
+    changes: dict[str, dict[str, Any]] = {} if run.config.run.remat else {"run.remat=true": {"run_remat": True}}
+    if found:
         images = settings.batch_size // count
-        # A run that accumulates needs room for a second set of gradients.
-        parts = [
-            n
-            for n in range(settings.grad_accum_steps + 1, images + 1)
-            if images % n == 0 and settings.batch_size / n < found[0]
-        ]
-        if parts:
-            bytes_ = _needed(run, _train_step(run.changed(training_grad_accum_steps=parts[0])))
-            verdict = "makes it fit" if bytes_ <= limit else "does not"
-            hints.append(f"training.grad_accum_steps={parts[0]} {verdict} ({_gb(bytes_)})")
+        # Some less than the largest microbatch, because gradients are summed in memory of their own.
+        least = 1.05 * settings.batch_size * settings.grad_accum_steps / found[0]
+        if parts := next((n for n in range(math.ceil(least), images + 1) if images % n == 0), 0):
+            changes[f"training.grad_accum_steps={parts}"] = {"training_grad_accum_steps": parts}
+    for name, fields in changes.items():
+        bytes_ = _needed_with(run, **fields)
+        hints.append(f"{name} {'makes it fit' if bytes_ <= limit else 'is not enough'} ({_gb(bytes_)})")
     return (
-        f"training.batch_size = {settings.batch_size} needs {_gb(needed)} on each {chosen.description}, {_gb(limit)} of "
-        f"{_gb(chosen.memory)} can be used; compiled: {'; '.join(hints)}"
+        f"training.batch_size = {settings.batch_size} needs {_gb(needed)} on each {chosen.description}, of which "
+        f"{_gb(limit)} can be used; by compiling: {'; '.join(hints)}"
     )
 
 

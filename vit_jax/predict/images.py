@@ -79,14 +79,12 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _neighbours(length: int, out: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The two pixels of `length`, and their float32 weights, that each of `out` pixels is the sum of.
 
-    The operations are those of `transforms.geometry`, in the same order.
+    Positions are float64, as those of `transforms.geometry` on the host.
     """
-    # Rounded once, as compiled programs do, which multiply and add in one operation.
-    position = ((np.arange(out) + 0.5) * np.float64(np.float32(length / out)) - 0.5).astype(np.float32)
-    position = np.clip(position, 0, length - 1)
+    position = np.clip((np.arange(out) + 0.5) * (length / out) - 0.5, 0, length - 1)
     first = np.floor(position)
-    index = first.astype(np.int64)
-    return (index, 1 - (position - first)), (np.minimum(index + 1, length - 1), 1 - (first + 1 - position))
+    index, weight = first.astype(np.int64), position - first
+    return (index, (1 - weight).astype(np.float32)), (np.minimum(index + 1, length - 1), weight.astype(np.float32))
 
 
 def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:

@@ -99,15 +99,20 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int | np.integer) else size
 
 
-def _weights(start, extent, length: int, out: int) -> jax.Array:
-    """The weights float32 [out, length] that resample pixels start … start + extent - 1 of a line to `out` pixels."""
-    position = (jnp.arange(out, dtype=jnp.float32) + 0.5) * (extent / out) - 0.5  # half-pixel centres, counted from start
-    position = jnp.clip(position, 0, extent - 1)  # the edge pixel goes on: what lies beyond it gets no weight
-    pixel = jnp.arange(length) - start
-    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - pixel[None, :]))
+def _weights(start, extent, length: int, out: int) -> jax.Array | np.ndarray:
+    """The weights float32 [out, length] that resample pixels start … start + extent - 1 of a line to `out` pixels.
+
+    If `extent` is a Python number, they are computed on the host in float64: positions in float32 are good to a millionth of
+    `extent`.
+    """
+    xp, dtype = (np, np.float64) if isinstance(extent, int) else (jnp, jnp.float32)
+    position = (xp.arange(out, dtype=dtype) + 0.5) * (extent / out) - 0.5  # half-pixel centres, counted from start
+    position = xp.clip(position, 0, extent - 1)  # the edge pixel goes on: what lies beyond it gets no weight
+    pixel = xp.arange(length) - start
+    return xp.maximum(0, 1 - xp.abs(position[:, None] - pixel[None, :])).astype(np.float32)
 
 
-def _resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def _resample(images: jax.Array, rows: jax.Array | np.ndarray, columns: jax.Array | np.ndarray) -> jax.Array:
     """Applies rows [h, H] or [B, h, H] and columns [w, W] or [B, w, W] to images [B, H, W, C]."""
     row, column = ("bih", "bjw") if rows.ndim == 3 else ("ih", "jw")
     # Without HIGHEST a recent GPU multiplies in TF32, whose 10 bits are too few for the original's numbers.

@@ -13,7 +13,9 @@ from vit_jax.config import Model
 from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
 from vit_jax.training import forecast, target
+from vit_jax.training.assemble import assemble
 from vit_jax.training.cards import CARDS, card
+from vit_jax.training.devices import Layout
 
 DEMO = ["train", "--config", "demo"]
 
@@ -118,6 +120,43 @@ def test_share_of_the_memory_follows_the_environment(monkeypatch):
     assert target.usable(CARDS["h100"]) == 0.75 * CARDS["h100"].memory
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     assert target.usable(CARDS["h100"]) == 0.9 * CARDS["h100"].memory
+
+
+@pytest.mark.parametrize("budget", [4096, 0])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_programs_and_arguments_are_those_of_the_run(config, budget, microbatches):
+    """Both of splits that lie on the devices and of streamed ones; here for two devices of this machine."""
+    config.data.train_split = config.data.test_split = ""
+    config.model.dtype, config.model.attention = "float32", "xla"
+    config.run.device_budget_mib, config.training.grad_accum_steps = budget, microbatches
+    layout = Layout("mesh", jax.devices()[:2])
+    described, parts = target.Target(config, layout.devices), assemble(config, layout)
+    settings, test = config.training, parts.test_feed
+    batch = next(parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, 0, 0))
+    state, examples = layout.put(parts.state()), next(iter(test.evaluation(described.eval_batch_size)))[0]
+    train = (state, batch, parts.train_feed.data)
+    lowered = [parts.program.train_step.lower(*train), parts.program.predict.lower(state.params, examples, test.data)]
+    calls = []
+    described._compile = lambda program, *arguments: calls.append(program.lower(*arguments))
+    described.train_step()
+    described.predict()
+    assert [call.as_text() for call in calls] == [program.as_text() for program in lowered]
+    assert target.size(described.state) == target.size(state)
+
+
+def test_weights_in_a_file_give_their_shapes(config, tiny_checkpoint):
+    devices = jax.devices()[:1]
+    found = target.Target(config, devices).model
+    assert (found.hidden_size, found.num_layers, found.num_classes) == (16, 1, 10)
+    config.model.keep_head = "true"
+    with pytest.raises(ConfigError, match="has a head of 5 classes, cifar100_excerpt has 10"):
+        target.Target(config, devices)
+    config.model.keep_head, config.data.image_size = "auto", 20
+    with pytest.raises(ConfigError, match="data.image_size = 20 does not divide into patches: take a multiple of 8"):
+        target.Target(config, devices)
+    config.model.checkpoint, config.model.variant = "", "B/15"
+    with pytest.raises(ConfigError, match="model.variant = 'B/15': there is no variant"):
+        target.Target(config, devices)
 
 
 class Run:

@@ -185,9 +185,11 @@ def test_cache_that_cannot_be_made_is_one_warning(tmp_path):
 
 def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
     runtime.compiler_options.cache_clear()
-    assert runtime.compiler_options() == runtime._CPU_OPTIONS
+    assert runtime.compiler_options() == runtime.compiler_options("cpu") == runtime._OPTIONS["cpu"]
+    assert runtime.compiler_options("gpu") == runtime._OPTIONS["gpu"]  # for a GPU that is only described
+    assert runtime.compiler_options("tpu") is None
     runtime.compiler_options.cache_clear()
-    monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_unknown_option": ""})
+    monkeypatch.setitem(runtime._OPTIONS, "cpu", {"xla_unknown_option": ""})
     assert runtime.compiler_options() is None
     runtime.compiler_options.cache_clear()
 

@@ -26,9 +26,11 @@ from vit_jax.models.vit import VisionTransformer
 _log = logging.getLogger("vit_jax")
 _DAYS = 30  # after which an unused program is removed from the cache
 _DIGEST = 32  # bytes of the SHA-256 at the beginning of an entry
-_CPU_OPTIONS: dict[str, Any] = {
-    # XLA's newer matrix library is slower than its older one at a ViT's sizes: docs/performance.md has the figures.
-    "xla_cpu_experimental_ynn_fusion_type": "",
+_OPTIONS: dict[str, dict[str, Any]] = {  # by platform; docs/performance.md has the figures
+    # XLA's newer matrix library is slower than its older one at a ViT's sizes.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    # XLA would compute query, key and value as one product, and then copy it apart and join it again for the gradient.
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
 }
 
 
@@ -58,15 +60,18 @@ def has_nvidia_driver() -> bool:
 
 
 @functools.cache
-def compiler_options() -> dict[str, Any] | None:
-    """The `compiler_options` of jax.jit on this machine; None if there are none or the installed jaxlib does not know them."""
-    if jax.default_backend() != "cpu":
-        return None
+def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+    """The `compiler_options` of jax.jit for a platform; None if there are none or the installed jaxlib does not know them.
+
+    Args:
+      platform: of the devices that the program is compiled for, as `jax.Device.platform` has it; None: of the default ones.
+    """
+    options = _OPTIONS.get(platform or jax.default_backend())
     try:
-        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # an experimental option that this jaxlib does not have
         return None
-    return _CPU_OPTIONS
+    return options
 
 
 def _keep_freed_memory() -> None:

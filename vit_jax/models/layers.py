@@ -15,28 +15,39 @@ def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
 
 
-def _flat_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """lax.dot_general of x [..., *inner] with kernel [*inner, *outer] as one product of two matrices.
+class Dense(nn.Module):
+    """[..., *inner] → [..., *features] as Linen's DenseGeneral, but as one product of two matrices and a flat bias.
 
-    On the CPU, XLA computes its gradients without the copies that it makes for products of more axes.
+    On the CPU, XLA computes its gradients without the copies that it makes for products of more axes; on a GPU, cuBLASLt adds
+    a flat bias within the product.
     """
-    axes = len(dimensions[0][1])
-    inner, outer = kernel.shape[:axes], kernel.shape[axes:]
-    y = lax.dot(x.reshape(-1, math.prod(inner)), kernel.reshape(math.prod(inner), -1), precision=precision)
-    return y.reshape(*x.shape[:-axes], *outer)
+
+    features: tuple[int, ...]
+    dtype: jax.typing.DTypeLike
+    inner_axes: int = 1
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x):
+        batch, inner, init = x.shape[: -self.inner_axes], x.shape[-self.inner_axes :], nn.initializers.xavier_uniform()
+        flat = math.prod(inner), math.prod(self.features)
+        kernel = self.param("kernel", lambda key: init(key, flat, jnp.float32).reshape(*inner, *self.features))
+        bias = self.param("bias", self.bias_init, self.features, jnp.float32)
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        y = lax.dot(x.reshape(-1, flat[0]), kernel.reshape(flat), precision=precision_of(self.dtype)) + bias.reshape(1, -1)
+        return y.reshape(*batch, *self.features)
 
 
-def dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
-    """A dense layer of the MLP; [..., C] → [..., features]."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        precision=precision_of(dtype),
-        dot_general=_flat_product,
-        kernel_init=nn.initializers.xavier_uniform(),
-        bias_init=nn.initializers.normal(1e-6),
-        name=name,
-    )
+_tanh_gelu = functools.partial(nn.gelu, approximate=True)
+_recomputed_gelu = jax.custom_vjp(_tanh_gelu)
+# Without the barrier the compiler would keep the tanh of the forward pass. It is on x only, so that the gradient of what
+# follows, a dropout, is computed by the same kernel.
+_recomputed_gelu.defvjp(lambda x: (_tanh_gelu(x), x), lambda x, g: jax.vjp(_tanh_gelu, lax.optimization_barrier(x))[1](g))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh GELU. In bfloat16, the type of a GPU, its gradient computes it again, which is faster there than to keep it."""
+    return _recomputed_gelu(x) if x.dtype == jnp.bfloat16 else _tanh_gelu(x)
 
 
 def pad_tokens(x: jax.Array, implementation: str) -> jax.Array:
@@ -44,8 +55,8 @@ def pad_tokens(x: jax.Array, implementation: str) -> jax.Array:
 
     JAX refuses the gradient of cuDNN's attention for an odd T. A test fails when it does so no longer, and this can go.
     """
-    missing = x.shape[1] % 2 if implementation == "cudnn" else 0
-    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
+    padded = implementation == "cudnn" and x.shape[1] % 2
+    return jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1) if padded else x
 
 
 def dot_product_attention(
@@ -65,24 +76,31 @@ def dot_product_attention(
     return jnp.matmul(weights, value, precision=precision).swapaxes(1, 2)
 
 
-def self_attention(num_heads: int, dtype: Any, implementation: str, dropout: float, tokens: int, name: str) -> nn.Module:
+class SelfAttention(nn.Module):
     """Multi-head self-attention; [B, T, D] → [B, T, D], of which the first `tokens` of T are no padding.
 
     `implementation` is "xla", "cudnn" or "linen", Linen's own function, the only one that can drop or return weights.
     """
-    precision = precision_of(dtype)
-    fused = functools.partial(dot_product_attention, implementation=implementation, precision=precision, tokens=tokens)
-    return nn.MultiHeadDotProductAttention(
-        num_heads,
-        dtype=dtype,
-        precision=precision,
-        kernel_init=nn.initializers.xavier_uniform(),
-        dropout_rate=dropout,
-        broadcast_dropout=False,
-        deterministic=not dropout,
-        force_fp32_for_softmax=True,
-        attention_fn=nn.dot_product_attention if implementation == "linen" else fused,
-        qkv_dot_general=_flat_product,
-        out_dot_general=_flat_product,
-        name=name,
-    )
+
+    num_heads: int
+    dtype: jax.typing.DTypeLike
+    implementation: str
+    dropout: float
+    tokens: int
+
+    @nn.compact
+    def __call__(self, x):
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        query, key, value = (Dense(heads, self.dtype, name=name)(x) for name in ("query", "key", "value"))
+        attention: Any = functools.partial(dot_product_attention, implementation=self.implementation, tokens=self.tokens)
+        if self.implementation == "linen":
+            attention = functools.partial(
+                nn.dot_product_attention,
+                dropout_rate=self.dropout,
+                dropout_rng=self.make_rng("dropout") if self.dropout else None,
+                broadcast_dropout=False,
+                module=self,
+                force_fp32_for_softmax=True,
+            )
+        y = attention(query, key, value, precision=precision_of(self.dtype))
+        return Dense(x.shape[-1:], self.dtype, inner_axes=2, name="out")(y)

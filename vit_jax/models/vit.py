@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.layers import dense, pad_tokens, precision_of, self_attention
+from vit_jax.models.layers import Dense, SelfAttention, gelu, pad_tokens, precision_of
 from vit_jax.models.resnet import ResNet
 
 GOOGLE_NORMALIZATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # channel means and deviations: (x - 127.5) / 127.5, to [-1, 1]
@@ -41,8 +41,9 @@ class MlpBlock(nn.Module):
     def __call__(self, x, train: bool = False):
         fields = self.fields
         drop = nn.Dropout(fields.dropout, deterministic=not train)
-        y = drop(nn.gelu(dense(fields.mlp_dim, fields.dtype, "Dense_0")(x), approximate=True))
-        return drop(dense(x.shape[-1], fields.dtype, "Dense_1")(y))
+        dense = functools.partial(Dense, dtype=fields.dtype, bias_init=nn.initializers.normal(1e-6))
+        y = drop(gelu(dense((fields.mlp_dim,), name="Dense_0")(x)))
+        return drop(dense(x.shape[-1:], name="Dense_1")(y))
 
 
 class EncoderBlock(nn.Module):
@@ -54,7 +55,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x, train: bool = False):
         fields = self.fields
         norms = [LayerNorm(dtype=fields.dtype, name=name) for name in ("LayerNorm_0", "LayerNorm_2")]
-        attention = self_attention(
+        attention = SelfAttention(
             fields.num_heads,
             fields.dtype,
             fields.attention,
@@ -65,7 +66,7 @@ class EncoderBlock(nn.Module):
         drop = nn.Dropout(fields.dropout, deterministic=not train)
         mlp = MlpBlock(fields, name="MlpBlock_3")
 
-        x = x + drop(attention(norms[0](x), sow_weights=self.is_mutable_collection("intermediates")))
+        x = x + drop(attention(norms[0](x)))
         return x + mlp(norms[1](x), train)
 
 

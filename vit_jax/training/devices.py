@@ -82,14 +82,16 @@ class Layout:
         if self.pmap:
             mapped = functools.partial(step, axis=_AXIS)
             return jax.pmap(mapped, _AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0)
-        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=compiler_options())
+        options = compiler_options(self.devices[0].platform)
+        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=options)
 
     def evaluate(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """forward(params, batch, data) → per-example arrays, compiled; results lie in the order of the batch."""
         if self.pmap:
             mapped = jax.pmap(forward, _AXIS, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=compiler_options())
+        options = compiler_options(self.devices[0].platform)
+        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=options)
 
     def gather(self, tree: Any) -> Any:
         """A tree on the host, as NumPy arrays that no device will write to."""

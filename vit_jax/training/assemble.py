@@ -113,24 +113,14 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
     )
 
 
-def build_programs(
-    config: Config, model: VisionTransformer, layout: Layout
-) -> tuple[VisionTransformer, optax.GradientTransformation, Any, program.Program]:
-    """A model with the fields of its run, the optimizer, the statistics that images are scaled by, and the programs.
-
-    No field of `config.model` is "auto" any more; `model` has the architecture and the classes.
-    """
-    row, data = task(config.data.task), config.data
-    model = model.clone(
-        dropout=config.model.dropout,
-        attention_dropout=config.model.attention_dropout,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
-        remat=config.run.remat,
-    )
-    statistics = (row.mean, row.std) if data.normalization == "dataset" else GOOGLE_NORMALIZATION
-    optimizer = optimizers.build(config.optimizer, config.training.steps)
-    programs = program.build(model, config.augment, optimizer, layout, config.seed, data.image_size, statistics)
+def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> tuple[VisionTransformer, Any, Any, Any]:
+    """A model with the fields of its run, none of them "auto"; the optimizer, the images' statistics, the program.Program."""
+    settings, row = config.model, task(config.data.task)
+    model = model.clone(dropout=settings.dropout, attention_dropout=settings.attention_dropout, attention=settings.attention)
+    model = model.clone(dtype=jnp.dtype(settings.dtype), remat=config.run.remat)
+    statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
+    optimizer, size = optimizers.build(config.optimizer, config.training.steps), config.data.image_size
+    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics)
     return model, optimizer, statistics, programs
 
 

@@ -58,7 +58,7 @@ def test_memory_is_what_the_page_says(run):
 def test_eight_cards_exchange_only_gradients(train_step):
     """In the types of the products that they come from, while the backward pass goes on; activations stay where they are."""
     plan = train_step(card="h100", devices=8, batch=512, dropout=0.0)
-    found = hlo.collectives(hlo.parse(plan.text))
+    found = hlo.collectives(plan.module)
     assert {collective.opcode for collective in found} == {"all-reduce"}
     assert all(collective.asynchronous for collective in found)
     assert {kind for collective in found for kind in collective.types} == {"bf16", "f32"}

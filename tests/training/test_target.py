@@ -120,6 +120,9 @@ def test_share_of_the_memory_follows_the_environment(monkeypatch):
     assert target.usable(CARDS["h100"]) == 0.75 * CARDS["h100"].memory
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     assert target.usable(CARDS["h100"]) == 0.9 * CARDS["h100"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(ConfigError, match="XLA_PYTHON_CLIENT_MEM_FRACTION = 'most' must be a fraction of a card's memory"):
+        target.usable(CARDS["h100"])
 
 
 @pytest.mark.parametrize("budget", [4096, 0])

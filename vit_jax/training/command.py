@@ -31,8 +31,8 @@ usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR
   --workdir DIR    the folder of the run; default runs/<name of the configuration>
   --eval_only      evaluate the newest state in that folder or, if there is none, model.checkpoint
   --dry_run        print shapes, memory and the time to expect; model.checkpoint is not downloaded
-  --target CARD    with --dry_run: compile for a graphics card ({cards}) on any machine, without data,
-                   and print memory, kernels and a bound of the speed; needs `pip install "vit_jax[aot]"`
+  --target CARD    with --dry_run: compile for a graphics card ({cards}) on any machine,
+                   without data, and print memory, kernels and a bound of the speed; needs the extra `aot`
   --devices N      the number of these cards; default 1
   --hlo FILE       write the optimised program of the training step there
   --help           this text and every field; with --config, the values of that file

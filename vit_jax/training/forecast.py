@@ -101,7 +101,8 @@ def _needed_with(run: Target, **fields: Any) -> float:
 def _shape_lines(run: Target) -> list[str]:
     numbers = [f"{number:,}" if number else "an unknown number of" for number in run.images]
     where = "on the device" if run.data[0] else "streamed"
-    images = f"at most {numbers[0]} training and {numbers[1]} test images, {where}"
+    slices = "at most " if "[" in run.config.data.train_split + run.config.data.test_split else ""
+    images = f"{slices}{numbers[0]} training and {numbers[1]} test images, {where}"
     return describe_shapes(run.config, run.model, run.state.params, images, run.layout)
 
 
@@ -171,7 +172,7 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
     kinds = collections.Counter[str]()
     for kernel in kernels:
         kinds[kernel.kind] += kernel.times
-    exchange = [_exchange(collective) for collective in hlo.collectives(hlo.parse(step.text))]
+    exchange = [_exchange(collective) for collective in hlo.collectives(step.module)]
     products = sum(kernel.times * kernel.flops for kernel in kernels)
     model = 3 * settings.batch_size / count * flops(run.model, run.config.data.image_size)
     seconds = sum(kernel.seconds(chosen) for kernel in kernels)

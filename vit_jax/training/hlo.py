@@ -93,7 +93,7 @@ class Kernel:
     """What the card is asked to do once (or `times` times, in a loop)."""
 
     name: str
-    kind: str  # "product", "attention", "convolution", "elementwise", "copy" or the opcode of a collective
+    kind: str  # "product", "attention", "convolution", "fusion" (other arithmetic), "copy" or the opcode of a collective
     scope: str  # where it comes from in the model: the op_name
     target: str  # the function of a library; "" if XLA generated the kernel
     times: int
@@ -207,7 +207,7 @@ def kernels(module: Module, computation: str = "", times: int = 1) -> Iterator[K
         elif line.opcode not in _NO_KERNEL and not line.opcode.endswith(("-done", "-update")):
             operands = [table[name].shape for name in line.operands if name in table]
             target = line.attribute(r'custom_call_target="([^"]*)"')
-            kernel = Kernel(line.name, "elementwise", line.attribute(r'op_name="([^"]*)"'), target, times)
+            kernel = Kernel(line.name, "fusion", line.attribute(r'op_name="([^"]*)"'), target, times)
             if line.opcode == "fusion":
                 body = module.computations[line.attribute(r"calls=%?([\w.\-]+)")]
                 _fusion_kernel(line, kernel, body, table)

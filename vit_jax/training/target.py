@@ -6,6 +6,7 @@ needed, no GPU and no library of NVIDIA's. Neither weights nor data are read, on
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import model_of_file
 from vit_jax.config import AUTO, Config, Model
 from vit_jax.data.tasks import Task, examples, task
-from vit_jax.errors import ConfigError
+from vit_jax.errors import ConfigError, printable
 from vit_jax.models.variants import build, shapes
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import hlo
@@ -114,10 +115,15 @@ class Plan:
     arguments: int
     temporary: int  # with the results that take no argument's place
 
-    @property
+    @functools.cached_property
+    def module(self) -> hlo.Module:
+        """The computations of the program."""
+        return hlo.parse(self.text)
+
+    @functools.cached_property
     def kernels(self) -> list[hlo.Kernel]:
         """The kernels that a run of the program starts."""
-        return list(hlo.kernels(hlo.parse(self.text)))
+        return list(hlo.kernels(self.module))
 
 
 class Target:
@@ -183,5 +189,10 @@ def size(tree: Any) -> int:
 
 def usable(chosen: Card) -> float:
     """Bytes of a card that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION says or three quarters."""
-    fraction = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
-    return float(fraction) * chosen.memory
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if text := os.environ.get(name):
+            try:
+                return float(text) * chosen.memory
+            except ValueError:
+                raise ConfigError(f"{name} = {printable(text, 40)!r} must be a fraction of a card's memory") from None
+    return 0.75 * chosen.memory

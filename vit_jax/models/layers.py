@@ -1,5 +1,6 @@
 """Dense products and attention in the form that each backend computes fastest; no other file of the models knows backends."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -8,6 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFields:
+    """What the blocks of an encoder have in common, for one call; mostly as the fields of VisionTransformer."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout: float
+    attention_dropout: float  # 0 in evaluation
+    dtype: jax.typing.DTypeLike
+    attention: str  # "xla", "cudnn", or "linen" if attention weights are dropped or returned
+    tokens: int  # without padding
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
@@ -38,7 +52,10 @@ class Dense(nn.Module):
         return y.reshape(*batch, *self.features)
 
 
-_tanh_gelu = functools.partial(nn.gelu, approximate=True)
+def _tanh_gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=True)
+
+
 _recomputed_gelu = jax.custom_vjp(_tanh_gelu)
 # Without the barrier the compiler would keep the tanh of the forward pass. It is on x only, so that the gradient of what
 # follows, a dropout, is computed by the same kernel.
@@ -77,30 +94,24 @@ def dot_product_attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; [B, T, D] → [B, T, D], of which the first `tokens` of T are no padding.
+    """Multi-head self-attention; [B, T, D] → [B, T, D]. Only Linen's own function drops or returns weights."""
 
-    `implementation` is "xla", "cudnn" or "linen", Linen's own function, the only one that can drop or return weights.
-    """
-
-    num_heads: int
-    dtype: jax.typing.DTypeLike
-    implementation: str
-    dropout: float
-    tokens: int
+    fields: BlockFields
 
     @nn.compact
     def __call__(self, x):
-        heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        query, key, value = (Dense(heads, self.dtype, name=name)(x) for name in ("query", "key", "value"))
-        attention: Any = functools.partial(dot_product_attention, implementation=self.implementation, tokens=self.tokens)
-        if self.implementation == "linen":
+        fields = self.fields
+        heads = (fields.num_heads, x.shape[-1] // fields.num_heads)
+        query, key, value = (Dense(heads, fields.dtype, name=name)(x) for name in ("query", "key", "value"))
+        attention: Any = functools.partial(dot_product_attention, implementation=fields.attention, tokens=fields.tokens)
+        if fields.attention == "linen":
             attention = functools.partial(
                 nn.dot_product_attention,
-                dropout_rate=self.dropout,
-                dropout_rng=self.make_rng("dropout") if self.dropout else None,
+                dropout_rate=fields.attention_dropout,
+                dropout_rng=self.make_rng("dropout") if fields.attention_dropout else None,
                 broadcast_dropout=False,
                 module=self,
                 force_fp32_for_softmax=True,
             )
-        y = attention(query, key, value, precision=precision_of(self.dtype))
-        return Dense(x.shape[-1:], self.dtype, inner_axes=2, name="out")(y)
+        y = attention(query, key, value, precision=precision_of(fields.dtype))
+        return Dense(x.shape[-1:], fields.dtype, inner_axes=2, name="out")(y)

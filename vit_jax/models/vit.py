@@ -5,31 +5,17 @@ path. The names count layers as Linen's predecessor did (LayerNorm_0, MultiHeadD
 MlpBlock_3). Every default that parity depends on is written out: tanh GELU, epsilon 1e-6, the order of additions.
 """
 
-import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.layers import Dense, SelfAttention, gelu, pad_tokens, precision_of
+from vit_jax.models.layers import BlockFields, Dense, SelfAttention, gelu, pad_tokens, precision_of
 from vit_jax.models.resnet import ResNet
 
 GOOGLE_NORMALIZATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # channel means and deviations: (x - 127.5) / 127.5, to [-1, 1]
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockFields:
-    """What the blocks of an encoder have in common, for one call; mostly as the fields of VisionTransformer."""
-
-    num_heads: int
-    mlp_dim: int
-    dropout: float
-    attention_dropout: float  # 0 in evaluation
-    dtype: jax.typing.DTypeLike
-    attention: str  # "linen" if attention weights are dropped or returned
-    tokens: int  # without padding
 
 
 class MlpBlock(nn.Module):
@@ -55,14 +41,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x, train: bool = False):
         fields = self.fields
         norms = [LayerNorm(dtype=fields.dtype, name=name) for name in ("LayerNorm_0", "LayerNorm_2")]
-        attention = SelfAttention(
-            fields.num_heads,
-            fields.dtype,
-            fields.attention,
-            fields.attention_dropout,
-            fields.tokens,
-            name="MultiHeadDotProductAttention_1",
-        )
+        attention = SelfAttention(fields, name="MultiHeadDotProductAttention_1")
         drop = nn.Dropout(fields.dropout, deterministic=not train)
         mlp = MlpBlock(fields, name="MlpBlock_3")
 

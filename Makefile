@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-lowest test-newest test-interop check benchmark benchmark-gpu clean product tools interop engine
+.PHONY: help demo test test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,12 @@ test-newest: .venv-newest/.tools  ## `make test`, optimised, and the demo's test
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
 	$(RUN) $(PYTEST) tests/peers tests/benchmarks/test_peer_process.py
 
+# JAX's plug-in writes to standard error whenever JAX is imported, so it has an environment of its own on top of that of test-lowest.
+PLUGIN := .venv-gpu-program/bin/python
+test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 4 minutes on 2 cores
+	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 2 --dist loadgroup tests/gpu_program; \
+	else echo "test-gpu-program is skipped: no Python 3.11 here, or jax-cuda12-plugin cannot be installed"; fi
+
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -54,7 +60,7 @@ benchmark-gpu: engine  ## the same on this machine's GPU, next to timm if it is 
 	$(SUITE) --suite gpu || failed=1; $(PAGE)
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays
-	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest .venv-gpu-program build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call extra,NAME[,PYTHON]): prints the requirements of an extra of pyproject.toml, a line each.
@@ -78,6 +84,14 @@ lowest = sed -nE '/^(\#|$$)/d; s/^([[:alnum:]_-]+)>=([0-9.]+).*/\1==\2/p; t; q1'
 		$$found -m venv .venv-newest && { cat requirements.txt; $(call extra,test,$(NEWEST)); } \
 			| $(NEWEST) -m pip install --quiet --disable-pip-version-check -r /dev/stdin; fi
 	@touch $@
+
+.venv-gpu-program/.tools: .venv-lowest/.tools
+	@rm -rf .venv-gpu-program; if [ -x $(LOWEST) ]; then \
+		jax=$$($(LOWEST) -c "import jax; print(jax.__version__)"); packages=$$(ls -d $$PWD/.venv-lowest/lib/python*/site-packages); \
+		$(LOWEST) -m venv .venv-gpu-program && echo "$$packages" >$$(ls -d .venv-gpu-program/lib/python*/site-packages)/lowest.pth && \
+		$(PLUGIN) -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax && \
+		touch $@; \
+	fi || true
 
 ifeq ($(origin PYTHON), command line)
 

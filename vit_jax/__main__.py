@@ -79,7 +79,7 @@ def _train(argv: list[str], program: str) -> int:
     try:
         parsed, values = command.parse([program, *argv])
         if values.help:
-            print(f"{command.HELP.format(program=program)}\n{command.describe_fields(parsed)}")
+            print(f"{command.HELP.format(program=program, cards=', '.join(command.CARDS))}\n{command.describe_fields(parsed)}")
             return 0
         config.check(parsed)
     except ConfigError as error:
@@ -92,6 +92,11 @@ def _run(config: Any, values: Any) -> int:
     """Does what the flags ask for; returns the exit status."""
     from pathlib import Path
 
+    if values.target:
+        from vit_jax.training import forecast
+
+        print(forecast.describe(config, values.target, values.devices, values.hlo or ""))
+        return 0
     from vit_jax import runtime
     from vit_jax.errors import reason
     from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS

@@ -47,4 +47,4 @@ def test_preview_needs_no_download_of_a_known_architecture(config, monkeypatch, 
 @pytest.mark.parametrize("name", ["", "Ti/61", "~no-such-user/x", "mini_8"])
 def test_preview_leaves_other_weights_to_the_loader(config, name):
     config.model.checkpoint = name
-    assert preview._without_download(config) is config
+    assert preview.without_download(config) is config

@@ -68,12 +68,16 @@ def open_splits(task: Task, data: Data, data_dir: str | os.PathLike = "") -> Spl
     Raises:
       DataError: as `prepare` and `open_split`, and if validation images are training or test images.
     """
-    if task.kind == "tfds":
-        prepare(task, data_dir=data_dir)
     chosen = names(task, data)
-    train, test, validation = (
-        open_split(task, split, data_dir, data.image_size, data.on_error) if split else None for split in chosen
-    )
+    try:
+        if task.kind == "tfds":
+            prepare(task, data_dir=data_dir)
+        train, test, validation = (
+            open_split(task, split, data_dir, data.image_size, data.on_error) if split else None for split in chosen
+        )
+    except OSError as error:  # no permission
+        place = f"run.data_dir = {os.fspath(data_dir)!r}" if task.kind == "tfds" else f"data.task = {task.name!r}"
+        raise DataError(f"{place}: {task.name} cannot be read or prepared there ({error})") from None
     assert train and test
     if validation:
         for other, kind in ((train, "train"), (test, "test")):

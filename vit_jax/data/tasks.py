@@ -274,6 +274,17 @@ def _own_images(name: str, kind: str, location: str) -> Task:
     return Task(name, str(path), kind=kind, test_split=test)
 
 
+def examples(task: Task, split: str) -> int:
+    """Returns the number of examples of a split by the table, without the data; 0 if the table does not know it.
+
+    A slice such as "train[:98%]" counts as the whole split, a sum of splits as their sum.
+    """
+    counts = dict(task.archive.examples) if task.archive else {}
+    if task.excerpt:
+        counts = {name: number * len(task.excerpt.classes) for name, number in task.excerpt.examples.items()}
+    return sum(counts.get(part.partition("[")[0].strip(), 0) for part in split.split("+"))
+
+
 def data_root(task: Task, data_dir: str | os.PathLike = "") -> pathlib.Path:
     """Returns the directory in which TFDS keeps the task's data set.
 

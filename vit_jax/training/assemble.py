@@ -15,7 +15,7 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.config import AUTO, Config
 from vit_jax.data import splits
-from vit_jax.data.tasks import Task, task
+from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
 from vit_jax.models.variants import build, from_tree, name_of
@@ -77,13 +77,12 @@ class Parts:
 
     def describe(self) -> str:
         """One line about the model, its parameters, the data and the devices."""
-        model, data = self.model, self.config.data
+        data, (train, test, validation) = self.config.data, self.sources
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        validation = f", {len(self.sources.validation):,} validation" if self.sources.validation else ""
+        more = f", {len(validation):,} validation" if validation else ""
         return (
-            f"{name_of(model) or 'a Vision Transformer'} with {count:,} parameters at {data.image_size} px; {data.task}: "
-            f"{len(self.sources.train):,} training{validation} and {len(self.sources.test):,} test images; "
-            f"{self.layout.describe()}"
+            f"{name_of(self.model) or 'a Vision Transformer'} with {count:,} parameters at {data.image_size} px; {data.task}: "
+            f"{len(train):,} training{more} and {len(test):,} test images; {self.layout.describe()}"
         )
 
 
@@ -96,10 +95,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
       saved: the record of a saved state; the model is then the state's, and the checkpoint is not read.
     """
     row, data = task(config.data.task), config.data
-    if data.normalization == "dataset" and not row.mean:
-        raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
-    sources = open_splits(config, row)
-    num_classes = sources.train.num_classes
+    sources = splits.open_splits(row, data, config.run.data_dir)
     warnings = tuple(splits.warnings(row, data, sources, config.training.batch_size))
     for warning in warnings:
         _log.warning("*** warning: %s ***", warning)
@@ -107,20 +103,12 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         params: Any = restore.shapes_of(saved)
         model = from_tree(params)
     else:
-        keep_head = _keep_head(config, num_classes, sources.train.class_names)
+        keep_head = _keep_head(config, sources.train.num_classes, sources.train.class_names)
         config = _replace_model(config, keep_head="true" if keep_head else "false")
-        model, params = _initial_model(config, num_classes, keep_head)
+        model, params = _initial_model(config, sources.train.num_classes, keep_head)
     tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
     config = dataclasses.replace(config, model=runtime.resolve_auto(config.model, model, tokens))
-    model = model.clone(
-        dropout=config.model.dropout,
-        attention_dropout=config.model.attention_dropout,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
-        remat=config.run.remat,
-    )
-    statistics = (row.mean, row.std) if data.normalization == "dataset" else GOOGLE_NORMALIZATION
-    optimizer = optimizers.build(config.optimizer, config.training.steps)
+    model, optimizer, statistics, programs = build_programs(config, model, layout)
     return Parts(
         config=config,
         model=model,
@@ -129,20 +117,24 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         rate=optimizers.rate_on_host(optimizers.schedule(config.optimizer, config.training.steps)),
         layout=layout,
         sources=sources,
-        program=program.build(model, config.augment, optimizer, layout, config.seed, data.image_size, statistics),
+        program=programs,
         meta=_describe_weights(config, statistics, sources.train.class_names, saved),
         saved=saved is not None,
         warnings=warnings,
     )
 
 
-def open_splits(config: Config, row: Task) -> splits.Splits:
-    """The splits of a configuration's task, which are prepared first if they are not there."""
-    try:
-        return splits.open_splits(row, config.data, config.run.data_dir)
-    except OSError as error:  # no permission
-        place = f"run.data_dir = {config.run.data_dir!r}" if row.kind == "tfds" else f"data.task = {row.name!r}"
-        raise ConfigError(f"{place}: {row.name} cannot be read or prepared there ({error})") from None
+def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> tuple[VisionTransformer, Any, Any, Any]:
+    """A model with the fields of its run, none of them "auto"; the optimizer, the images' statistics, the program.Program."""
+    settings, row = config.model, task(config.data.task)
+    model = model.clone(dropout=settings.dropout, attention_dropout=settings.attention_dropout, attention=settings.attention)
+    model = model.clone(dtype=jnp.dtype(settings.dtype), remat=config.run.remat)
+    if config.data.normalization == "dataset" and not row.mean:
+        raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
+    statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
+    optimizer, size = optimizers.build(config.optimizer, config.training.steps), config.data.image_size
+    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics)
+    return model, optimizer, statistics, programs
 
 
 def _replace_model(config: Config, **fields: Any) -> Config:

@@ -16,6 +16,7 @@ from vit_jax import config as configuration
 from vit_jax import config_files
 from vit_jax.config import Config
 from vit_jax.errors import ConfigError
+from vit_jax.training.cards import CARDS, card
 
 if TYPE_CHECKING:
     from absl import flags
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
 HELP = """Trains a Vision Transformer as a configuration says, evaluates it, and continues a run that was interrupted.
 
 usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run]
+       {program} --config FILE --dry_run --target CARD [--devices N] [--hlo FILE]
 
   --config FILE    a Python file, the name of one in configs/ such as demo, or the config.json of a run; what follows a
                    colon is the configuration's argument
   --workdir DIR    the folder of the run; default runs/<name of the configuration>
   --eval_only      evaluate the newest state in that folder or, if there is none, model.checkpoint
   --dry_run        print shapes, memory and the time to expect; model.checkpoint is not downloaded
+  --target CARD    with --dry_run: compile for a graphics card ({cards}) on any machine,
+                   without data, and print memory, kernels and a bound of the speed; needs the extra `aot`
+  --devices N      the number of these cards; default 1
+  --hlo FILE       write the optimised program of the training step there
   --help           this text and every field; with --config, the values of that file
 """
 MEMORY_ADVICE = (
@@ -135,6 +141,9 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=values)
+    for name in ("target", "hlo"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_integer("devices", 1, "", flag_values=values)
     for name in ("eval_only", "dry_run", "help"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     _check_names(argv)
@@ -151,14 +160,28 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         raise ConfigError(f"name a configuration, as in {argv[0]} --config demo")
     if values.dry_run and values.eval_only:
         raise ConfigError("--dry_run and --eval_only exclude each other")
-    if "\0" in (values.workdir or ""):
-        raise ConfigError("--workdir must not contain a NUL character")
+    _check_target(values)
+    for name in ("workdir", "hlo"):
+        if "\0" in (values[name].value or ""):
+            raise ConfigError(f"--{name} must not contain a NUL character")
     config = values.config
     if values["config"].present:
         flag: Any = values["config"]
         if not _keeps_expected(config, config_files.read(flag.config_filename)):
             config.run.expected = {}
     return config, values
+
+
+def _check_target(values: flags.FlagValues) -> None:
+    """Raises ConfigError for options of --target that do not go together."""
+    if values.target is None:
+        for name in ("devices", "hlo"):
+            if values[name].present:
+                raise ConfigError(f"--{name} needs --target, one of {', '.join(CARDS)}")
+        return
+    card(values.target)
+    if not values.dry_run:
+        raise ConfigError("--target needs --dry_run: a run trains on the devices that this machine has")
 
 
 def workdir_of(source: str) -> Path:

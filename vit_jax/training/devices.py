@@ -72,6 +72,11 @@ class Layout:
 
         return jax.tree.map(place, batch)
 
+    def abstract(self, tree: Any, axis: int | None = None) -> Any:
+        """Shapes and types of a tree as `put` places it or, with an axis, `put_batch`; its leaves need only these."""
+        sharding = self._sharding() if axis is None else self._sharding(*[None] * axis, _AXIS)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
     def train(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """step(state, batch, data, axis=…) → (state, metrics), compiled; the state given is used up."""
         if self.pmap:

@@ -23,9 +23,7 @@ from vit_jax.training.workdir import check_workdir, lock_workdir, record_environ
 class Result:
     """The result of a run: the metrics of its last evaluation and of its best one, and its last parameters."""
 
-    # "step", "test/loss", "test/accuracy", "test/accuracy_top5", "best/step", "best/accuracy"; with a validation split also
-    # "validation/…", and "best/accuracy" is measured there, "best/test_accuracy" on the test split.
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # "step", "test/loss", "test/accuracy", "best/step", "best/accuracy", …, as in metrics.jsonl
     params: Any
     finished: bool = True  # False if a signal ended the run before its last step
     signal: int = 0  # the number of the signal that arrived, if one did

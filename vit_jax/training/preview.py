@@ -13,6 +13,7 @@ from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
 from vit_jax.config import AUTO, Config, check
 from vit_jax.errors import CheckpointError
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
 
@@ -35,7 +36,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _without_download(config: Config) -> Config:
+def without_download(config: Config) -> Config:
     """The configuration, with random weights of the same shapes for a published file that is not on this machine."""
     name = config.model.checkpoint
     try:
@@ -91,6 +92,20 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
     return compiled.memory_analysis(), seconds, once * -(-len(test) // size)
 
 
+def describe_shapes(config: Config, model: VisionTransformer, params: Any, images: str, layout: devices.Layout) -> list[str]:
+    """The lines about the model, the data and the batch of a run; `images` says how many there are and where they lie."""
+    settings, size = config.training, config.data.image_size
+    tokens = (size // model.stride) ** 2 + (model.classifier == "token")
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return [
+        f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
+        f"{count:,} parameters, {model.num_classes} classes",
+        f"data        {config.data.task}: {images}",
+        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} microbatch(es) over "
+        f"{layout.describe()}",
+    ]
+
+
 def preview(config: Config) -> str:
     """Describes the run of a configuration as text; progress is printed on standard error.
 
@@ -100,21 +115,15 @@ def preview(config: Config) -> str:
     check(config)
     layout, settings = devices.start(config.run), config.training
     layout.check(settings.batch_size, settings.grad_accum_steps)
-    parts = assemble(_without_download(config), layout)
-    model, size = parts.model, config.data.image_size
+    parts = assemble(without_download(config), layout)
     memory, step, evaluation = _measure(config, parts)
     evaluations = -(-settings.steps // settings.eval_every)
     training, evaluating = settings.steps * step, evaluations * evaluation
-    tokens = (size // model.stride) ** 2 + (model.classifier == "token")
-    count = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
     where = "on the device" if parts.train_feed.data is not None else "streamed"
+    images = f"{len(parts.train_feed):,} training and {len(parts.test_feed):,} test images, {where}"
     needed = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     lines = [
-        f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
-        f"{count:,} parameters, {model.num_classes} classes",
-        f"data        {config.data.task}: {len(parts.train_feed):,} training and {len(parts.test_feed):,} test images, {where}",
-        f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} microbatch(es) over "
-        f"{layout.describe()}",
+        *describe_shapes(config, parts.model, parts.params, images, layout),
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "
         f"({needed[0] / 2**20:,.0f} of state and data, {needed[1] / 2**20:,.0f} temporary)",
         f"step        {duration(step)}, {settings.batch_size / step:,.1f} images/s",

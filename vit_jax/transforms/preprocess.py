@@ -1,6 +1,7 @@
 """From uint8 images to the input of a model: the transforms of training and of evaluation."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,19 +46,18 @@ def for_training(
       statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's, to [-1, 1].
 
     Returns:
-      A function of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and, if the images have been resized
-      to [H, W], their original heights and widths, int32 [B, 2], in which crops are drawn; called inside the jitted step. It
-      returns images float32 [B, height, width, 3] and the labels.
+      A function, called inside the jitted step, of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and, if
+      the images have been resized, their original heights and widths, int32 [B, 2], in which crops are drawn. It returns
+      images float32 [B, height, width, 3] and the labels.
     """
 
-    def transform(
-        keys: jax.Array, images: jax.Array, labels: jax.Array, sizes: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def transform(keys: jax.Array, images: jax.Array, labels: Any, sizes: jax.Array | None = None) -> tuple[jax.Array, Any]:
         _check(images)
-        batch = images.shape[0]
         height, width = images.shape[1:3] if sizes is None else (sizes[:, 0], sizes[:, 1])
         if augment.crop == "none":
-            boxes = jnp.stack([jnp.broadcast_to(jnp.asarray(edge, jnp.int32), batch) for edge in (0, 0, height, width)], axis=1)
+            boxes = jnp.stack(
+                [jnp.broadcast_to(jnp.asarray(edge, jnp.int32), images.shape[:1]) for edge in (0, 0, height, width)], axis=1
+            )
         else:
             boxes = geometry.random_boxes(fold(keys, CROP), height, width, distribution=augment.crop, area=augment.crop_area)
         flip = geometry.flips(fold(keys, FLIP)) if augment.flip else None

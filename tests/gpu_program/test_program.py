@@ -1,0 +1,84 @@
+"""The training step of published models, as XLA compiles it for an H100 and an A100."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from tests.gpu_program.checks import attention_arrays, attention_calls, float32_products
+from vit_jax.models import vit
+from vit_jax.training import hlo
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+# Card and fields of the run; the batch and the size are those of a row in the table of docs/performance.md.
+RUNS = {
+    "B/16": dict(card="h100", model="B/16", size=224, batch=64, dropout=0.1, remat=False),
+    "B/16, 256": dict(card="a100", model="B/16", size=224, batch=256, dropout=0.0, remat=False),
+    "L/16, remat": dict(card="h100", model="L/16", size=384, batch=64, dropout=0.0, remat=True),
+}
+LAYERS = {"B/16": 12, "L/16": 24}
+
+
+# Tests of one program run in one process, so that it is compiled once.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS])
+def run(request, train_step):
+    return RUNS[request.param], train_step(**RUNS[request.param])
+
+
+def documented(card: str, model: str, size: int, batch: int, dropout: float, remat: bool) -> float:
+    """The bytes that docs/performance.md gives for a training step."""
+    name = f"{model}, remat" if remat else model
+    row = rf"^\| {name} \| {size} \| {batch} \| {dropout:g} \| {card} \| ([\d.]+) \|"
+    return 1e9 * float(re.search(row, PAGE.read_text(), re.MULTILINE)[1])
+
+
+def test_cudnn_computes_attention_in_every_block(run):
+    fields, plan = run
+    blocks = LAYERS[fields["model"]]
+    # With remat a block is computed again for the gradient, attention with it.
+    assert attention_calls(plan) == ((2 if fields["remat"] else 1) * blocks, blocks)
+
+
+def test_only_resizing_and_head_multiply_in_float32(run):
+    assert float32_products(run[1]) == []
+
+
+def test_no_attention_weights_are_stored(run):
+    fields, plan = run
+    assert attention_arrays(plan, fields["model"], fields["size"], fields["batch"]) == set()
+
+
+def test_memory_is_what_the_page_says(run):
+    fields, plan = run
+    assert 0.9 * documented(**fields) < plan.arguments + plan.temporary <= 1.03 * documented(**fields)
+
+
+def test_eight_cards_exchange_only_gradients(train_step):
+    """In the types of the products that they come from, while the backward pass goes on; activations stay where they are."""
+    plan = train_step(card="h100", devices=8, batch=512, dropout=0.0)
+    found = hlo.collectives(plan.module)
+    assert {collective.opcode for collective in found} == {"all-reduce"}
+    assert all(collective.asynchronous for collective in found)
+    assert {kind for collective in found for kind in collective.types} == {"bf16", "f32"}
+    parameters = 85_875_556
+    sizes = {kind: sum(c.bytes for c in found if c.types == (kind,)) for kind in ("bf16", "f32")}
+    assert 1.9 * parameters < sizes["bf16"] < 2.1 * parameters and sizes["f32"] < 0.05 * sizes["bf16"]
+
+
+SMALL = dict(card="h100", model="Nano/8", size=64, batch=32, dropout=0.0)  # 4 blocks
+
+
+def test_attention_by_xla_is_found(train_step):
+    plan = train_step(**SMALL, attention="xla")
+    assert attention_calls(plan) == (0, 0) and attention_arrays(plan, "Nano/8", 64, 32)
+
+
+def test_float32_in_the_mlp_is_found(train_step, monkeypatch):
+    block = vit.MlpBlock
+    monkeypatch.setattr(vit, "MlpBlock", lambda fields, name: block(dataclasses.replace(fields, dtype=jnp.float32), name=name))
+    plan = train_step(**SMALL)
+    found = float32_products(plan)
+    assert len(found) >= 3 * 2 * 4 and all("MlpBlock_3" in scope for scope in found)
+    assert attention_calls(plan) == (4, 4) and not attention_arrays(plan, "Nano/8", 64, 32)

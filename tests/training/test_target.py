@@ -1,0 +1,227 @@
+"""`--dry_run --target` as far as it needs no plug-in: options, versions, and what is planned for which card."""
+
+import copy
+import importlib.metadata
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from vit_jax import Config
+from vit_jax import __main__ as entry
+from vit_jax.config import Model
+from vit_jax.errors import ConfigError
+from vit_jax.models.variants import build
+from vit_jax.training import forecast, target
+from vit_jax.training.assemble import assemble
+from vit_jax.training.cards import CARDS, card
+from vit_jax.training.devices import Layout
+
+DEMO = ["train", "--config", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--dry_run", "--target", "h10"],
+            "--target h10: there is no such card; cards are h100, a100, l4, b200, rtx4090",
+        ),
+        (["--dry_run", "--target="], "--target : there is no such card; cards are h100, a100, l4, b200, rtx4090"),
+        (["--target", "h100"], "--target needs --dry_run"),
+        (["--target", "h100", "--eval_only"], "--target needs --dry_run"),
+        (["--dry_run", "--devices=8"], "--devices needs --target, one of h100, a100, l4, b200, rtx4090"),
+        (["--dry_run", "--hlo", "x.hlo"], "--hlo needs --target"),
+        (["--dry_run", "--target", "h100", "--devices", "many"], "flag --devices=many"),
+        (["--dry_run", "--target", "h100", "--hlo", "a\0b"], "--hlo must not contain a NUL character"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(capsys, arguments, said):
+    assert entry.main([*DEMO, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices=6"], "--devices 6: training.batch_size = 64 "),
+        (["--devices=100"], "--devices 100: training.batch_size = 64 "),
+        (["--devices=0"], "--devices 0: "),
+        (["--devices=48", "--config.training.grad_accum_steps=2"], "--devices 48: training.batch_size = 64 in training.grad_"),
+        (["--config.run.parallel=pmap"], "--target compiles for run.parallel=mesh, and run.parallel is 'pmap'"),
+        (["--hlo", "/no/such/folder/x.hlo"], "--hlo /no/such/folder/x.hlo cannot be written"),
+        (["--hlo", "/"], "--hlo / cannot be written"),
+        (["--hlo", "~no-such-user/x"], "--hlo"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_line(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(target, "check_plugin", lambda: pytest.fail("options are checked first"))
+    assert entry.main([*DEMO, "--dry_run", "--target", "h100", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts", "nearest"), [(6, 1, 4), (7, 1, 8), (100, 1, 64), (0, 1, 1), (48, 2, 32), (33, 2, 32)]
+)
+def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
+    config = Config()
+    config.training.grad_accum_steps = parts
+    with pytest.raises(ConfigError, match=f"the nearest number that works is {nearest}$"):
+        forecast.check_options(config, "h100", devices, "")
+
+
+def test_plugin_of_the_same_version_is_needed(monkeypatch):
+    versions = {}
+
+    def version(name):
+        if name in versions:
+            return versions[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=r'needs the CUDA plug-in of JAX, but no GPU: pip install "vit_jax\[aot\]"'):
+        target.check_plugin()
+    versions["jax-cuda13-plugin"] = "0.9.0"
+    command = rf'pip install "jax\[cuda13-local\]=={jax.__version__}"'
+    with pytest.raises(ConfigError, match=f"jax-cuda13-plugin is 0.9.0, jax is {jax.__version__}; {command}"):
+        target.check_plugin()
+    versions["jax-cuda13-plugin"] = jax.__version__
+    target.check_plugin()
+    versions["jax-cuda12-plugin"] = "0.9.0"
+    target.check_plugin()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_are_described_whole(name):
+    text = card(name).proto()
+    assert text.count("{") == text.count("}") == 4 and f"core_count: {CARDS[name].cores}\n" in text
+    assert 1 < CARDS[name].bfloat16 / CARDS[name].float32 < 32 and CARDS[name].memory > 20e9
+
+
+def test_auto_is_what_a_gpu_resolves_it_to():
+    model = build("B/16")
+
+    def resolved(model=model, **fields):
+        found = target.resolve_auto(Model(**fields), model)
+        return found.dtype, found.attention
+
+    assert resolved() == ("bfloat16", "cudnn")
+    assert resolved(dtype="float32") == ("float32", "xla")
+    assert resolved(attention_dropout=0.1) == ("bfloat16", "xla")
+    assert resolved(attention="xla") == ("bfloat16", "xla")
+    assert resolved(build("B/16", hidden_size=60, num_heads=10)) == ("bfloat16", "xla")
+
+
+def test_share_of_the_memory_follows_the_environment(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert target.usable(CARDS["h100"]) == 0.75 * CARDS["h100"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    assert target.usable(CARDS["h100"]) == 0.9 * CARDS["h100"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(ConfigError, match="XLA_PYTHON_CLIENT_MEM_FRACTION = 'most' must be a fraction of a card's memory"):
+        target.usable(CARDS["h100"])
+
+
+@pytest.mark.parametrize("budget", [4096, 0])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_programs_and_arguments_are_those_of_the_run(config, budget, microbatches):
+    """Both of splits that lie on the devices and of streamed ones; here for two devices of this machine."""
+    config.data.train_split = config.data.test_split = ""
+    config.model.dtype, config.model.attention = "float32", "xla"
+    config.run.device_budget_mib, config.training.grad_accum_steps = budget, microbatches
+    layout = Layout("mesh", jax.devices()[:2])
+    described, parts = target.Target(config, layout.devices), assemble(config, layout)
+    settings, test = config.training, parts.test_feed
+    batch = next(parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, 0, 0))
+    state, examples = layout.put(parts.state()), next(iter(test.evaluation(described.eval_batch_size)))[0]
+    train = (state, batch, parts.train_feed.data)
+    lowered = [parts.program.train_step.lower(*train), parts.program.predict.lower(state.params, examples, test.data)]
+    calls = []
+    described._compile = lambda program, *arguments: calls.append(program.lower(*arguments))
+    described.train_step()
+    described.predict()
+    assert [call.as_text() for call in calls] == [program.as_text() for program in lowered]
+    assert target.size(described.state) == target.size(state)
+
+
+def test_weights_in_a_file_give_their_shapes(config, tiny_checkpoint):
+    devices = jax.devices()[:1]
+    found = target.Target(config, devices).model
+    assert (found.hidden_size, found.num_layers, found.num_classes) == (16, 1, 10)
+    config.model.keep_head = "true"
+    with pytest.raises(ConfigError, match="has a head of 5 classes, cifar100_excerpt has 10"):
+        target.Target(config, devices)
+    config.model.keep_head, config.data.image_size = "auto", 20
+    with pytest.raises(ConfigError, match="data.image_size = 20 does not divide into patches: take a multiple of 8"):
+        target.Target(config, devices)
+    config.model.checkpoint, config.model.variant = "", "B/15"
+    with pytest.raises(ConfigError, match="model.variant = 'B/15': there is no variant"):
+        target.Target(config, devices)
+
+
+class Run:
+    """In the place of a target.Target: memory as given by a function of the configuration, nothing is compiled."""
+
+    def __init__(self, config, devices=1):
+        self.config, self.layout, self.data, self.eval_batch_size = (
+            config,
+            SimpleNamespace(devices=[0] * devices),
+            (None, None),
+            256,
+        )
+        self.state = SimpleNamespace(params={})
+
+    def changed(self, **fields):
+        config = copy.deepcopy(self.config)
+        for name, value in fields.items():
+            section, _, field = name.partition("_")
+            setattr(getattr(config, section), field, value)
+        return Run(config, len(self.layout.devices))
+
+    def train_step(self):
+        settings, remat = self.config.training, self.config.run.remat
+        images = settings.batch_size / settings.grad_accum_steps / len(self.layout.devices)
+        return target.Plan("", 10**9, int(1e9 + images * (20e6 if remat else 90e6) + 3e8 * (settings.grad_accum_steps > 1)))
+
+
+def described_memory(batch, devices=1, temporary=0):
+    config = Config()
+    config.training.batch_size = batch
+    run = Run(config, devices)
+    return forecast._memory_lines(run, CARDS["h100"], run.train_step(), target.Plan("", 0, temporary))
+
+
+@pytest.fixture
+def _memory(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(target, "size", lambda tree: 0)
+    monkeypatch.setattr(forecast, "size", lambda tree: 0)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_largest_batch_is_that_of_a_compiled_program():
+    assert described_memory(64)[-1] == "largest     a batch of 640 images fits: 59.60 GB by its compiled program"
+    assert "a batch of 5,120 images fits" in described_memory(64, devices=8)[-1]
+
+
+@pytest.mark.usefixtures("_memory")
+def test_batch_that_does_not_fit_says_what_does():
+    with pytest.raises(ConfigError) as error:
+        described_memory(1024)
+    assert str(error.value) == (
+        "training.batch_size = 1024 needs 94.16 GB on each NVIDIA H100 80GB HBM3, of which 63.70 GB can be used; by compiling: "
+        "the largest batch that fits is 640; run.remat=true makes it fit (22.48 GB); "
+        "training.grad_accum_steps=2 makes it fit (48.38 GB)"
+    )
+    with pytest.raises(ConfigError, match=r"672; run.remat=true is not enough \(83.92 GB\); training.grad_accum_steps=8 ma"):
+        described_memory(4096)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_evaluation_that_does_not_fit_is_an_error():
+    with pytest.raises(ConfigError, match="run.eval_batch_size = 256 needs 70.00 GB on each card, 63.70 GB of 84.93 GB"):
+        described_memory(64, temporary=70 * 10**9)

@@ -70,9 +70,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 if stop:
                     break
                 meter.restart()
-            found = outputs.complete(parts, state.params, step, workdir, log) | outputs.test_best(
-                parts, saver, step, workdir, log
-            )
+            found = outputs.complete(parts, state.params, saver, step, workdir, log)
         state, finished = layout.gather(state), step == settings.steps
         if finished:
             saver.export(state, found["test/accuracy"])

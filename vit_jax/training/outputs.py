@@ -59,19 +59,32 @@ def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[st
     return {f"{split}/{name}": value for name, value in metrics(logits, labels).items()}, logits, labels
 
 
-def complete(parts: Parts, params: Any, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
+def complete(parts: Parts, params: Any, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
     """The metrics of the last evaluation of a run that is at `step`.
 
-    A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation.
+    A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation. With a
+    validation split, they include the test accuracy of the best parameters.
     """
     lines = [line for line in read(workdir) if f"{parts.chosen_on}/accuracy" in line]
-    last = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
+    found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
     if step < parts.config.training.steps:
-        return last
-    has_line = last.get("step") == step
-    if has_line and has_predictions(workdir / PREDICTIONS, parts.sources.test):
-        return last
-    found = evaluate(parts, params, step, workdir)
-    if not has_line:
-        log.write(step, found)
-    return {"step": step, **found}
+        return found
+    has_line = found.get("step") == step
+    if not (has_line and has_predictions(workdir / PREDICTIONS, parts.sources.test)):
+        found = {"step": step, **evaluate(parts, params, step, workdir)}
+        if not has_line:
+            log.write(step, {name: value for name, value in found.items() if name != "step"})
+    return found | _test_best(parts, saver, step, workdir, log)
+
+
+def _test_best(parts: Parts, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
+    """The test accuracy of the parameters that the validation split chose, measured once, when the run is finished."""
+    if not parts.validation_feed or saver.best is None:
+        return {}
+    for line in read(workdir):
+        if _BEST in line:
+            return {_BEST: line[_BEST]}
+    params = parts.layout.put(saver.best_params)
+    found = {_BEST: _measure(parts, params, "test", parts.test_feed)[0]["test/accuracy"]}
+    log.write(step, found)
+    return found

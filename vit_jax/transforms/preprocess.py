@@ -46,8 +46,8 @@ def for_training(
       statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's, to [-1, 1].
 
     Returns:
-      A function, called inside the jitted step, of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and, if
-      the images have been resized, their original heights and widths, int32 [B, 2], in which crops are drawn. It returns
+      A function, called inside the jitted step, of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and,
+      if the images have been resized, their original heights and widths, int32 [B, 2], in which crops are drawn. It returns
       images float32 [B, height, width, 3] and the labels.
     """
 

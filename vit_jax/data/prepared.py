@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vit_jax.data.labels import RULES
 from vit_jax.data.sources import Decoded, Source, empty_split, no_split, stored_shape
@@ -94,6 +93,8 @@ def _decode(
     example: dict[str, Any], shape: tuple[int, int, int], feature: str, label: Callable[[Any], int], factor: int = 1
 ) -> Decoded:
     """Decodes as TFDS does, which does not apply EXIF orientation; `factor` multiplies the pixels."""
+    from PIL import Image
+
     height, width, _ = shape
     with Image.open(io.BytesIO(example["image"])) as image:
         before = image.height, image.width

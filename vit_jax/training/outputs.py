@@ -40,19 +40,6 @@ def evaluate(parts: Parts, params: Any, step: int, workdir: Path | None = None) 
     return found
 
 
-def test_best(parts: Parts, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
-    """The test accuracy of the parameters that the validation split chose, measured once, when the run is finished."""
-    if not parts.validation_feed or saver.best is None or step < parts.config.training.steps:
-        return {}
-    for line in read(workdir):
-        if _BEST in line:
-            return {_BEST: line[_BEST]}
-    params = parts.layout.put(saver.best_params)
-    found = {_BEST: _measure(parts, params, "test", parts.test_feed)[0]["test/accuracy"]}
-    log.write(step, found)
-    return found
-
-
 def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """The metrics of a split, and its logits and labels."""
     logits, labels = predictions(parts.program.predict, params, feed, parts.config.run.eval_batch_size)

@@ -1,0 +1,86 @@
+"""What `--dry_run --target` says of memory, of a run whose memory is given instead of compiled."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+from vit_jax import Config
+from vit_jax.errors import ConfigError
+from vit_jax.training import forecast, target
+from vit_jax.training.cards import CARDS
+
+
+class Run:
+    """In the place of a target.Target: memory as given by a function of the configuration, nothing is compiled."""
+
+    def __init__(self, config, devices=1):
+        self.config, self.layout, self.data, self.eval_batch_size = (
+            config,
+            SimpleNamespace(devices=[0] * devices),
+            (None, None),
+            256,
+        )
+        self.state = SimpleNamespace(params={})
+
+    def changed(self, **fields):
+        config = copy.deepcopy(self.config)
+        for name, value in fields.items():
+            section, _, field = name.partition("_")
+            setattr(getattr(config, section), field, value)
+        return Run(config, len(self.layout.devices))
+
+    def train_step(self):
+        settings, remat = self.config.training, self.config.run.remat
+        images = settings.batch_size / settings.grad_accum_steps / len(self.layout.devices)
+        return target.Plan("", 10**9, int(1e9 + images * (20e6 if remat else 90e6) + 3e8 * (settings.grad_accum_steps > 1)))
+
+
+def described_memory(batch, devices=1, temporary=0):
+    config = Config()
+    config.training.batch_size = batch
+    run = Run(config, devices)
+    return forecast._memory_lines(run, CARDS["h100"], run.train_step(), target.Plan("", 0, temporary))
+
+
+@pytest.fixture
+def _memory(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(target, "size", lambda tree: 0)
+    monkeypatch.setattr(forecast, "size", lambda tree: 0)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_largest_batch_is_that_of_a_compiled_program():
+    assert described_memory(64)[-1] == "largest     a batch of 640 images fits: 59.60 GB by its compiled program"
+    assert "a batch of 5,120 images fits" in described_memory(64, devices=8)[-1]
+
+
+@pytest.mark.usefixtures("_memory")
+def test_batch_that_does_not_fit_says_what_does():
+    with pytest.raises(ConfigError) as error:
+        described_memory(1024)
+    assert str(error.value) == (
+        "training.batch_size = 1024 needs 94.16 GB on each NVIDIA H100 80GB HBM3, of which 63.70 GB can be used; by compiling: "
+        "the largest batch that fits is 640; run.remat=true makes it fit (22.48 GB); "
+        "training.grad_accum_steps=2 makes it fit (48.38 GB)"
+    )
+    with pytest.raises(ConfigError, match=r"672; run.remat=true is not enough \(83.92 GB\); training.grad_accum_steps=8 ma"):
+        described_memory(4096)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_evaluation_that_does_not_fit_is_an_error():
+    with pytest.raises(ConfigError, match="run.eval_batch_size = 256 needs 70.00 GB on each card, 63.70 GB of 84.93 GB"):
+        described_memory(64, temporary=70 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts", "nearest"), [(6, 1, 4), (7, 1, 8), (100, 1, 64), (0, 1, 1), (48, 2, 32), (33, 2, 32)]
+)
+def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
+    config = Config()
+    config.training.grad_accum_steps = parts
+    with pytest.raises(ConfigError, match=f"the nearest number that works is {nearest}$"):
+        forecast.check_options(config, "h100", devices, "")

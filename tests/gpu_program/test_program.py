@@ -21,8 +21,7 @@ RUNS = {
 LAYERS = {"B/16": 12, "L/16": 24}
 
 
-# Tests of one program run in one process, so that it is compiled once.
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS])
+@pytest.fixture(params=RUNS)
 def run(request, train_step):
     return RUNS[request.param], train_step(**RUNS[request.param])
 

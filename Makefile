@@ -31,8 +31,11 @@ test-lowest: .venv-lowest/.tools  ## all tests but the demo's with the lowest ve
 	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) -m "not demo"; else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-test-newest: .venv-newest/.tools  ## `make test`, optimised, and the demo's test with the newest versions, on Python 3.13 (else 3.12)
-	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not slow or demo"; \
+# What depends on the numbers that compiled programs give, and the demo.
+NUMBERS := tests/models tests/transforms tests/training tests/formats/test_oracles.py tests/test_runs.py
+test-newest: .venv-newest/.tools  ## `make test` and the demo's test with the newest versions, on Python 3.13 (else 3.12); numbers optimised
+	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not slow or demo" $(NUMBERS) \
+		&& $(NEWEST) $(PYTEST) -m "not slow" $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more

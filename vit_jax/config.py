@@ -47,7 +47,7 @@ class Data:
 class Augment:
     """What happens to a training image before it is resized to the model's size."""
 
-    crop: str = "torchvision"  # crop distribution of torchvision or TensorFlow, or no crop
+    crop: str = "torchvision"  # distribution of torchvision or TensorFlow; "resize_crop": at 7/6 of the size; or no crop
     crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest fraction of the image's area
     flip: bool = True  # mirror half of the images left to right
 
@@ -109,7 +109,7 @@ CHOICES = {
     "model.attention": (AUTO, "xla", "cudnn"),
     "data.normalization": ("google", "dataset"),
     "data.on_error": ("raise", "skip"),
-    "augment.crop": ("torchvision", "tensorflow", "none"),
+    "augment.crop": ("torchvision", "tensorflow", "resize_crop", "none"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.decay": ("cosine", "linear"),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),

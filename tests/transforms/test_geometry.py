@@ -1,5 +1,7 @@
 """Crop boxes against the real libraries' draws, resampling against a slow computation written out pixel by pixel."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,3 +197,20 @@ def test_crop_resize_uses_no_pixel_outside_the_box():
 def test_crop_resize_refuses_boxes_of_another_batch():
     with pytest.raises(ValueError, match=r"boxes has shape \(6, 4\); 2 images need \(2, 4\)"):
         geometry.crop_resize(pixels(2, 20, 24, 3), jnp.asarray(BOXES), 8)
+
+
+def test_resize_crop_is_a_part_of_the_resized_image():
+    """At a place that is uniform in both directions, also for images that were resized before."""
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 20, 31, 3), np.uint8))
+    keys = jax.random.split(jax.random.key(0), 64)
+    sizes = jnp.full((64, 2), 50)
+    found = np.asarray(geometry.random_crops(keys, images, (24, 12), "resize_crop", (0.05, 1.0), sizes=sizes))
+    whole = np.asarray(geometry.resize(images, (28, 14)))
+    places = []
+    for image, part in zip(whole, found, strict=True):
+        places += [
+            (top, left)
+            for top, left in itertools.product(range(5), range(3))
+            if np.allclose(image[top : top + 24, left : left + 12], part, atol=1e-3)
+        ]
+    assert len(places) == 64 and {top for top, _ in places} == set(range(5)) and {left for _, left in places} == set(range(3))

@@ -64,9 +64,52 @@ def crop_resize(
     top, left, box_height, box_width = boxes.T
     rows = jax.vmap(lambda start, extent: _weights(start, extent, height, out_height))(top, box_height)
     columns = jax.vmap(lambda start, extent: _weights(start, extent, width, out_width))(left, box_width)
-    if flip is not None:  # a mirrored image is one whose columns are read from the right
-        columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
-    return _resample(images, rows, columns)
+    return _resample(images, rows, _mirrored(columns, flip))
+
+
+def random_crops(
+    keys: jax.Array,
+    images: jax.Array,
+    size: int | tuple[int, int],
+    crop: str,
+    area: tuple[float, float],
+    flip: jax.Array | None = None,
+    sizes: jax.Array | None = None,
+) -> jax.Array:
+    """Cuts a random part out of each image and resizes it.
+
+    Args:
+      keys: typed keys [B], one an image.
+      images: uint8 [B, H, W, C].
+      size: of the result, as for `resize`.
+      crop: "torchvision" or "tensorflow", see `random_boxes`; "none": the whole image; "resize_crop": the image is resized
+        to 7/6 of `size`, and a part of `size` is cut out at a uniform place. That is how the models of AugReg are fine-tuned
+        in big_vision's configurations: to 448 px, of which 384.
+      area: of `random_boxes`.
+      flip, sizes: as for `crop_resize`.
+
+    Returns:
+      float32 [B, height, width, C] in the range of the input.
+    """
+    batch, height, width, _ = images.shape
+    if crop == "resize_crop":
+        out = _pair(size)
+        larger = round(out[0] * 7 / 6), round(out[1] * 7 / 6)
+        spare = jnp.array([[a - b for a, b in zip(larger, out, strict=True)]])
+        offsets = _below(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), spare + 1)
+
+        def weights(offset, length, enlarged, out):  # of the resized image, rows `offset` to `offset` + out - 1
+            return jax.lax.dynamic_slice_in_dim(jnp.asarray(_weights(0, length, length, enlarged)), offset, out)
+
+        rows = jax.vmap(lambda offset: weights(offset, height, larger[0], out[0]))(offsets[:, 0])
+        columns = jax.vmap(lambda offset: weights(offset, width, larger[1], out[1]))(offsets[:, 1])
+        return _resample(images, rows, _mirrored(columns, flip))
+    edges = (height, width) if sizes is None else (sizes[:, 0], sizes[:, 1])
+    if crop == "none":
+        boxes = jnp.stack([jnp.broadcast_to(jnp.asarray(edge, jnp.int32), batch) for edge in (0, 0, *edges)], axis=1)
+    else:
+        boxes = random_boxes(keys, *edges, distribution=crop, area=area)
+    return crop_resize(images, boxes, size, flip, sizes)
 
 
 def random_boxes(
@@ -111,6 +154,11 @@ def random_boxes(
 def flips(keys: jax.Array) -> jax.Array:
     """Decides by a fair coin for each of the typed keys [B] whether its image is mirrored: bool [B]."""
     return jax.vmap(jax.random.bernoulli)(keys)
+
+
+def _mirrored(columns: Any, flip: jax.Array | None) -> jax.Array:
+    """The columns [B, w, W] of images of which those with `flip` are mirrored: their columns are read from the right."""
+    return columns if flip is None else jnp.where(flip[:, None, None], columns[:, ::-1], columns)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def for_training(
     """Builds the transform of a training batch: random crop, random flip, resize, scaling.
 
     Args:
-      augment: the configuration's section: `crop` is "torchvision", "tensorflow" or "none", see `geometry.random_boxes`.
+      augment: the configuration's section; see `geometry.random_crops`.
       size: of the result, in pixels: one number for a square, or (height, width).
       statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's, to [-1, 1].
 
@@ -53,15 +53,9 @@ def for_training(
 
     def transform(keys: jax.Array, images: jax.Array, labels: Any, sizes: jax.Array | None = None) -> tuple[jax.Array, Any]:
         _check(images)
-        height, width = images.shape[1:3] if sizes is None else (sizes[:, 0], sizes[:, 1])
-        if augment.crop == "none":
-            boxes = jnp.stack(
-                [jnp.broadcast_to(jnp.asarray(edge, jnp.int32), images.shape[:1]) for edge in (0, 0, height, width)], axis=1
-            )
-        else:
-            boxes = geometry.random_boxes(fold(keys, CROP), height, width, distribution=augment.crop, area=augment.crop_area)
         flip = geometry.flips(fold(keys, FLIP)) if augment.flip else None
-        return scale(geometry.crop_resize(images, boxes, size, flip, sizes), statistics), labels
+        crops = geometry.random_crops(fold(keys, CROP), images, size, augment.crop, augment.crop_area, flip, sizes)
+        return scale(crops, statistics), labels
 
     return transform
 

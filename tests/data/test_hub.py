@@ -1,11 +1,13 @@
 """Data sets in the formats of the Hugging Face hub: the same images as the same data in other formats."""
 
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data.prepare import prepare
 from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import TASKS, task
 from vit_jax.errors import DataError
@@ -127,3 +129,32 @@ def test_missing_data_set_is_one_line(tmp_path):
         open_split(task(f"hub:{tmp_path / 'empty'}"), "train")
     with pytest.raises(DataError, match="hub:no/such cannot be opened .*: expected the name of a data set"):
         open_split(task("hub:no/such"), "train")
+
+
+@pytest.fixture
+def copy(tiny, records, files, tmp_path):
+    """The small archive of the other tests as a data set of the hub, and the task that names it."""
+    labels = {"coarse_label": "coarse_label", "fine_label": "label"}
+    names = {"coarse_label": "cifar-100-binary/coarse_label_names.txt", "fine_label": "cifar-100-binary/fine_label_names.txt"}
+    kinds = {name: datasets.ClassLabel(names=files[names[name]].decode().split()) for name in labels}
+    parts = {}
+    for split, rows in records.items():
+        made = {name: rows[:, column].tolist() for column, name in enumerate(labels)}
+        made["img"] = [Image.fromarray(row[2:].reshape(3, 32, 32).transpose(1, 2, 0)) for row in rows]
+        parts[split] = datasets.Dataset.from_dict(made, features=datasets.Features({"img": datasets.Image(), **kinds}))
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "copy")
+    archive = dataclasses.replace(tiny.archive, hub=(str(tmp_path / "copy"), *tiny.archive.hub[1:]))
+    return dataclasses.replace(tiny, archive=archive)
+
+
+def test_copy_on_the_hub_is_prepared_as_the_archive_is(copy, pack, tmp_path):
+    folders = [prepare(copy, pack(), tmp_path / "one"), prepare(copy, data_dir=tmp_path / "other", from_hub=True)]
+    one, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert one == other and any("array_record" in name for name in one)
+
+
+def test_copy_with_other_content_is_refused(copy, tmp_path):
+    archive = dataclasses.replace(copy.archive, digests={"train": "0" * 64, "test": "0" * 64})
+    with pytest.raises(DataError, match="on the hub holds other images or labels than http://127"):
+        prepare(dataclasses.replace(copy, archive=archive), data_dir=tmp_path / "data", from_hub=True)
+    assert not list((tmp_path / "data").glob("cifar100*"))

@@ -30,6 +30,12 @@ def main(argv: list[str] | None = None, program: str = "python -m vit_jax.data")
     preparing.add_argument(
         "--archive", metavar="FILE", help="tar file of the data set, in any compression; default: download it"
     )
+    preparing.add_argument(
+        "--source",
+        choices=("archive", "hub"),
+        default="archive",
+        help="the official archive, or its copy on the Hugging Face hub",
+    )
     showing = commands.add_parser(
         "show", parents=[directory], help="print splits, counts and classes of a prepared task; draw its images"
     )
@@ -55,7 +61,9 @@ def _run(args: argparse.Namespace) -> int:
             raise DataError(
                 f"{row.name} needs no preparation; train on it, or look at it: python -m vit_jax.data show {row.name}"
             )
-        print(prepare(row, args.archive, args.data_dir))
+        if args.archive and args.source == "hub":
+            raise DataError("--archive and --source hub exclude each other")
+        print(prepare(row, args.archive, args.data_dir, args.source == "hub"))
     else:
         _show(args.name, args.data_dir, args.output, args.on_error)
     return 0

@@ -51,8 +51,7 @@ def read_archive(archive: Archive, path: pathlib.Path) -> tuple[Splits, Names]:
                     f"{path}: record {at} of {split} has {label} {records[at, column]}, expected at most {count - 1}; "
                     f"{_advice(archive)}"
                 )
-    digests = {split: _digest(records) for split, records in splits.items()}
-    if digests != archive.digests and sha256(path) != archive.sha256:
+    if digests(splits) != archive.digests and sha256(path) != archive.sha256:
         _log.warning(
             "%s is not the file at %s and is not known to hold the same images and labels; it is used because its layout and "
             "sizes are right, but results may not be comparable",
@@ -118,5 +117,10 @@ def _advice(archive: Archive) -> str:
     return f"give the content of {archive.url}, in any compression"
 
 
-def _digest(records: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
+def digests(splits: Splits) -> dict[str, str]:
+    """Returns the digest of the records of each split, as in `Archive.digests`."""
+
+    def digest(records: np.ndarray) -> str:
+        return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
+
+    return {split: digest(records) for split, records in splits.items()}

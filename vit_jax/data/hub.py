@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax import images
+from vit_jax.data.archives import Names, Splits, digests
 from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
-from vit_jax.data.tasks import Task
+from vit_jax.data.tasks import Archive, Task
 from vit_jax.errors import DataError, reason
 
 _SAMPLE = 1000  # images whose sizes are looked at before those of all
@@ -33,6 +34,38 @@ def open_split(task: Task, split: str, image_size: int) -> Source:
     decode = functools.partial(_decode, image=image, label=label, numbers=numbers)
     ranges = [(name, start, stop - start) for name, start, stop in parts]
     return Source(joined, f"{task.name} ({split})", names, shape, ranges, decode, resized)
+
+
+def read_records(archive: Archive) -> tuple[Splits, Names]:
+    """The records and the names of an official archive from its copy on the hub, as `archives.read_archive` returns them.
+
+    Raises:
+      DataError: if the copy cannot be read or, as far as it is known, holds other images or labels than the archive.
+    """
+    from tqdm import tqdm
+
+    name, image, labels = archive.hub
+    found = _load(name)
+    splits, names = {}, {}
+    for split in archive.files:
+        if split not in found or missing_columns(found[split].features, image, *labels.values()):
+            raise DataError(f"{name} has other splits or columns than expected: {split}, {image}, {', '.join(labels.values())}")
+        rows = found[split]
+        columns = [np.asarray(rows[labels[label]], np.uint8).reshape(-1, 1) for label in archive.labels]
+        pixels = [
+            np.asarray(example.convert("RGB")).transpose(2, 0, 1).ravel()
+            for example in tqdm(rows[image], desc=f"Reading {name} ({split})", unit=" images", delay=2, disable=None)
+        ]
+        splits[split] = np.concatenate([*columns, np.stack(pixels)], axis=1)
+        names = {label: list(rows.features[labels[label]].names) for label in archive.labels}
+    if archive.digests and digests(splits) != archive.digests:
+        raise DataError(f"{name} on the hub holds other images or labels than {archive.url}: prepare the archive instead")
+    return splits, names
+
+
+def missing_columns(features: Any, *wanted: str) -> list[str]:
+    """The columns that a data set does not have."""
+    return [name for name in wanted if name not in features]
 
 
 @functools.lru_cache(2)
@@ -86,7 +119,7 @@ def _columns(task: Task, found: Any) -> tuple[str, str, list[str], dict[Any, int
 
     features = next(iter(found.values())).features
     named = [name for name in task.builder.partition("@")[2].split(",") if name]
-    missing = [name for name in named if name not in features]
+    missing = missing_columns(features, *named)
     if missing or len(named) not in (0, 2):
         raise DataError(
             f"{task.name}: there is no column {', '.join(missing or named)}; after @ give the columns of the image and of the "

@@ -26,7 +26,9 @@ from vit_jax.files import locked
 _SLACK = 16 * 2**20  # bytes that an archive may be larger than its records
 
 
-def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
+def prepare(
+    task: Task, archive: str | os.PathLike | None = None, data_dir: str | os.PathLike | None = None, from_hub: bool = False
+) -> pathlib.Path:
     """Makes the TFDS data of a task; returns at once if they are there already.
 
     Args:
@@ -34,6 +36,7 @@ def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str 
       archive: the tar file, in any compression that `tarfile` reads; None to download it into `<data_root>/downloads`, unless
         the data come with the package.
       data_dir: the directory of TFDS; None or "" for `data_root`.
+      from_hub: whether to take the images from the copy on the Hugging Face hub, which is checked by its content.
 
     Returns:
       The folder `<data_root>/<builder>/<version>`. It appears whole or not at all, also if the process is killed.
@@ -51,19 +54,26 @@ def prepare(task: Task, archive: str | os.PathLike | None = None, data_dir: str 
     try:
         with locked(root / f".{task.name}.lock", f"prepares {task.name}"):
             # Another process may have prepared the data while this one waited.
-            return find_version(task, root) or _prepare(task, archive, data_dir, root)
+            return find_version(task, root) or _prepare(task, archive, data_dir, root, from_hub)
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer reports a full disk as a RuntimeError
         raise DataError(f"{task.name} cannot be written into {root} ({reason(error)}): choose another --data_dir") from error
 
 
-def _prepare(task: Task, given: str | os.PathLike | None, data_dir: str | os.PathLike, root: pathlib.Path) -> pathlib.Path:
+def _prepare(
+    task: Task, given: str | os.PathLike | None, data_dir: str | os.PathLike, root: pathlib.Path, from_hub: bool
+) -> pathlib.Path:
     assert task.archive is not None
     path = pathlib.Path(given or root / "downloads" / task.archive.url.rsplit("/", 1)[-1])
-    downloaded = not given and not path.exists()
+    downloaded = not (given or from_hub or path.exists())
     if downloaded:
         _download(task, data_dir, path)
     try:
-        splits, names = read_archive(task.archive, path)
+        if from_hub:
+            from vit_jax.data.hub import read_records
+
+            splits, names = read_records(task.archive)
+        else:
+            splits, names = read_archive(task.archive, path)
     except DataError:
         if downloaded:
             path.unlink()  # the next attempt would read it and fail again

@@ -32,6 +32,7 @@ class Archive:
       labels: TFDS's name of a label -> (text file with one name a line, number of names), in the order of the labels' bytes
         in a record.
       examples: split -> number of records.
+      hub: (name of a copy on the Hugging Face hub, column of its images, label -> its column).
       digests: split -> SHA-256 over the concatenated, sorted 32-byte SHA-256 digests of the records, which depends
         neither on packing nor on order; empty if it is not known.
     """
@@ -42,6 +43,7 @@ class Archive:
     files: dict[str, tuple[str, ...]]
     labels: dict[str, tuple[str, int]]
     examples: dict[str, int]
+    hub: tuple[str, str, dict[str, str]]
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -108,6 +110,7 @@ _CIFAR10 = Archive(
     files={"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
     labels={"label": ("batches.meta.txt", 10)},
     examples={"train": 50_000, "test": 10_000},
+    hub=("uoft-cs/cifar10", "img", {"label": "label"}),
 )
 _CIFAR100 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -116,6 +119,7 @@ _CIFAR100 = Archive(
     files={"train": ("train.bin",), "test": ("test.bin",)},
     labels={"coarse_label": ("coarse_label_names.txt", 20), "label": ("fine_label_names.txt", 100)},
     examples={"train": 50_000, "test": 10_000},
+    hub=("uoft-cs/cifar100", "img", {"coarse_label": "coarse_label", "label": "fine_label"}),
     digests={
         "train": "7077d87fc363f92dbf1245f13ba80561d7b33a96c79ad57168d49dc172aaa92b",
         "test": "96adb3db8da7632dbb350559a17b9f585fab5b17675de5fc8f6761384196b294",

@@ -39,7 +39,7 @@ test-newest: .venv-newest/.tools  ## `make test` and the demo's test with the ne
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
-	$(RUN) $(PYTEST) tests/peers tests/benchmarks/test_peer_process.py
+	$(RUN) $(PYTEST) tests/peers tests/benchmarks/test_peer_process.py tests/data/test_hub.py
 
 # JAX's plug-in writes to standard error whenever JAX is imported, so it has an environment of its own on top of that of test-lowest.
 PLUGIN := .venv-gpu-program/bin/python
@@ -111,7 +111,7 @@ engine:  # without the packages that read data, the parts that need them are ski
 tools: product
 	$(call require,$(call extra,test))
 interop: tools
-	$(call require,$(call extra,export); $(call extra,interop); $(call extra,peers))
+	$(call require,$(call extra,export); $(call extra,hub); $(call extra,interop); $(call extra,peers))
 
 else
 
@@ -140,8 +140,8 @@ interop: .venv/.interop
 
 # torchvision's own dependencies ask for a PyTorch with CUDA, several gigabytes.
 .venv/.interop: .venv/.tools
-	@echo "Installing PyTorch for CPUs, timm, transformers and ONNX Runtime into .venv: a few minutes the first time."
-	@{ $(call extra,export); $(call extra,interop); } | $(INSTALL) -r /dev/stdin
+	@echo "Installing PyTorch for CPUs, timm, transformers, datasets and ONNX Runtime into .venv: a few minutes the first time."
+	@{ $(call extra,export); $(call extra,hub); $(call extra,interop); } | $(INSTALL) -r /dev/stdin
 	@$(call extra,peers) | $(INSTALL) --no-deps -r /dev/stdin
 	@touch $@
 

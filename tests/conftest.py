@@ -61,3 +61,12 @@ def prepared_cifar100(shared, tmp_path_factory):
 def demo():
     """The command line of the demo's training."""
     return ["main.py", "--config", str(ROOT / "configs" / "demo.py")]
+
+
+@pytest.fixture
+def noise():
+    """noise(height, width): an image of noise, uint8 [height, width, 3], a new one at each call."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    return lambda height=32, width=32: draw.integers(0, 256, (height, width, 3), np.uint8)

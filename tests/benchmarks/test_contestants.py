@@ -10,6 +10,7 @@ from vit_jax.models.variants import build, flops
 NANO = ["--model", "Nano/8", "--size", "32", "--batch", "8", "--rounds", "3"]
 
 
+@pytest.mark.slow
 def test_row_holds_what_was_measured(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device
     result = compare("inference", parse([*NANO, "--attention", "auto,xla"]))
@@ -48,6 +49,6 @@ def test_contestant_works_on_a_copy_of_the_state(pico):
 
 def test_random_images_are_a_source():
     source = RandomImages(5, 3)
-    images, labels = source.take([1, 4])
+    images, labels, _ = source.read([1, 4])
     assert images.shape == (2, 32, 32, 3) and images.dtype == "uint8" and set(labels) <= {0, 1, 2}
     assert len(source) == 5 and source.nbytes == 5 * 32 * 32 * 3

@@ -34,10 +34,3 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def classify(run):
     return Classifier(run)
-
-
-@pytest.fixture
-def noise():
-    """noise(height, width): an image of noise, uint8 [height, width, 3], a new one at each call."""
-    draw = np.random.default_rng(0)
-    return lambda height=32, width=32: draw.integers(0, 256, (height, width, 3), np.uint8)

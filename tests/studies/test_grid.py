@@ -3,10 +3,13 @@
 import threading
 import time
 
+import pytest
+
 from vit_jax.files import locked
 from vit_jax.studies import grid
 
 
+@pytest.mark.slow
 def test_cell_that_another_process_trains_is_waited_for(config, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "_WAIT", 0.1)
     config.training.steps, config.training.eval_every, config.optimizer.warmup_steps = 2, 2, 1

@@ -47,6 +47,7 @@ def rows(output):
         return list(csv.reader(file))
 
 
+@pytest.mark.slow
 def test_sweep_chooses_on_validation_and_tests_once(models, tmp_path, capsys):
     output = tmp_path / "sweep"
     assert vtab.main(arguments(models[:1], output)) == 0
@@ -67,6 +68,7 @@ def test_sweep_chooses_on_validation_and_tests_once(models, tmp_path, capsys):
     assert "of 2]" not in capsys.readouterr().err and "<table" in (output / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_run_that_fails_is_named_and_the_others_go_on(models, tmp_path, capsys):
     more = ["--config", f"run.data_dir={tmp_path}"]
     assert vtab.main([*arguments(models[:1], tmp_path / "sweep", "pets,cifar100_excerpt", rates="0.1"), *more]) == 1

@@ -55,6 +55,7 @@ def parameters(result):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(result.params)]
 
 
+@pytest.mark.slow
 def test_run_on_own_images_learns_resumes_and_predicts_their_classes(own, photos, tmp_path):
     whole = loop.train(own, tmp_path / "whole")
     assert whole.metrics["test/accuracy"] > 0.9

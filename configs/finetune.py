@@ -11,7 +11,9 @@ rate of 0.01 is that of published fine-tunings of B/16 with SGD and batches of 6
 the command line take precedence, as in `--config.training.steps=500`.
 """
 
+import dataclasses
 import math
+import sys
 
 from vit_jax import Config
 from vit_jax.checkpoints.load import architecture
@@ -30,7 +32,8 @@ def get_config(argument: str = "") -> Config:
     config.model.checkpoint = checkpoint
     config.data.task = name
     config.data.image_size = architecture(checkpoint)[1]
-    images = count(task(name), config.data)
+    # Unreadable images are counted or not when the run opens its data, as its data.on_error says.
+    images = count(task(name), dataclasses.replace(config.data, on_error="skip"))
     config.augment.crop_area = (0.3, 1.0)
     config.optimizer.learning_rate = 0.01
     config.training.batch_size = min(64, 2 ** int(math.log2(images)))
@@ -38,4 +41,8 @@ def get_config(argument: str = "") -> Config:
     config.training.steps = math.ceil(seen / config.training.batch_size)
     config.optimizer.warmup_steps = config.training.steps // 10
     config.training.eval_every = config.training.save_every = max(1, config.training.steps // 10)
+    settings = (
+        f"{config.training.steps:,} steps of {config.training.batch_size} images at a rate of {config.optimizer.learning_rate}"
+    )
+    print(f"{name} has {images:,} training images: {settings}, unless the command line says otherwise", file=sys.stderr)
     return config

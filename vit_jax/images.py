@@ -49,6 +49,13 @@ def image_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 yield Path(root, name)
 
 
+def other_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the files below a folder that have another suffix than an image's, without hidden ones."""
+    for root, folders, files in os.walk(os.fspath(folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in files if not name.lower().endswith(SUFFIXES) and not name.startswith("."))
+
+
 def read_image(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
     """Returns an image as a model of a size sees it.
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vit_jax import images
+from vit_jax.config import Data
 from vit_jax.data import folders
-from vit_jax.data.splits import open_split, shared_examples
+from vit_jax.data.splits import Splits, open_split, shared_examples, warnings
 from vit_jax.data.tasks import TASKS, task
 from vit_jax.errors import DataError
 from vit_jax.images import open_image
@@ -23,6 +24,7 @@ SUFFIX = {"CMYK": ".jpg", "RGB": ".webp", "I;16": ".tiff"}  # else PNG
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(folders, "_known", {})
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (24, 16), mode: str = "RGB", **options) -> Path:
@@ -197,6 +199,7 @@ def test_damaged_cache_of_the_index_is_replaced(photos, content):
     before = folders.index(row)
     (file,) = Path(os.environ["VIT_JAX_CACHE"]).rglob("*.json")
     file.write_bytes(content)
+    folders._known.clear()  # as in another process
     after = folders.index(row)
     assert after.splits["train"].paths == before.splits["train"].paths and len(json.loads(file.read_text())) == 30
 
@@ -294,3 +297,61 @@ def test_unknown_split_is_an_error_that_lists_the_splits(photos, split):
 def test_empty_slice_is_refused(photos):
     with pytest.raises(DataError, match="is empty"):
         open_split(task(f"folder:{photos}"), "train[5:5]")
+
+
+def test_split_folders_are_found_in_any_case_and_a_class_may_be_called_train(tmp_path):
+    for split in ("Train", "TEST", "val"):
+        for label in "ab":
+            save(tmp_path / "one" / split / label / "0.png")
+    row = task(f"folder:{tmp_path / 'one'}")
+    assert row.test_split == "test" and row.validation == ("train", "val")
+    assert [len(open_split(row, split)) for split in ("train", "test", "val")] == [2, 2, 2]
+    for label in ("train", "car"):
+        for number in range(3):
+            save(tmp_path / "two" / label / f"{number}.png", number)
+    assert open_split(task(f"folder:{tmp_path / 'two'}"), "train").class_names == ["car", "train"]
+    save(tmp_path / "three" / "validation" / "a" / "0.png")
+    with pytest.raises(DataError, match="has validation with folders of classes, but no train"):
+        task(f"folder:{tmp_path / 'three'}")
+
+
+def test_file_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "link.png").symlink_to(save(tmp_path / "ant.png"))
+    save(tmp_path / "bee.png", 1)
+    for lines in ("ant.png,a\nant.png,b\nbee.png,b\n", "ant.png,a\nlink.png,a\nbee.png,b\n"):
+        (tmp_path / "list.csv").write_text("path,label\n" + lines)
+        with pytest.raises(DataError, match=r"png is there twice \(no split, a and no split, [ab]\); an image has one class"):
+            open_split(task(f"csv:{tmp_path / 'list.csv'}"), "train")
+    (tmp_path / "list.csv").write_text("path,label\nant.png,red, cat\n")
+    with pytest.raises(
+        DataError, match="line 2: there are more values than columns; put a value with a comma in double quotes"
+    ):
+        open_split(task(f"csv:{tmp_path / 'list.csv'}"), "train")
+
+
+def test_files_that_are_no_images_are_counted(photos):
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (photos / "ant" / name).write_text("x")
+    source = open_split(task(f"folder:{photos}"), "train")
+    assert source.ignored == "3 files (.heic, .txt)"
+    assert any(
+        "3 files (.heic, .txt) of folder:" in text
+        for text in warnings(task(f"folder:{photos}"), Data(), Splits(source, source, None), 1)
+    )
+
+
+def test_digest_changes_with_the_images(photos):
+    row = task(f"folder:{photos}")
+    before = open_split(row, "train").digest
+    assert before == open_split(row, "train").digest != open_split(row, "test").digest
+    (photos / "ant").rename(photos / "zebra")
+    assert open_split(row, "train").digest != before
+
+
+def test_index_that_cannot_be_written_is_kept_in_the_process(photos, monkeypatch, caplog):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(photos / "ant" / "0.webp"))  # a file
+    row = task(f"folder:{photos}")
+    folders.index(row)
+    monkeypatch.setattr(images, "checked_size", None)
+    folders.index(row)  # decodes nothing
+    assert "all images are decoded at every start because their index cannot be written" in caplog.text

@@ -99,7 +99,10 @@ def test_label_column_is_label_or_the_one_with_most_classes(tmp_path):
     ("ending", "message"),
     [
         ("", "has 2 columns of images and 0 of class labels: name one of each, as in hub:NAME@image,label, among photo"),
-        ("@photo,sort", "there is no column sort; after @ give the columns of the image and of the label, among photo"),
+        (
+            "@photo,sort",
+            "there is no column sort; after @ give two columns, that of the image and that of the label, among photo",
+        ),
         ("@kind,photo", "the column kind does not hold images"),
     ],
 )
@@ -158,3 +161,18 @@ def test_copy_with_other_content_is_refused(copy, tmp_path):
     with pytest.raises(DataError, match="on the hub holds other images or labels than http://127"):
         prepare(dataclasses.replace(copy, archive=archive), data_dir=tmp_path / "data", from_hub=True)
     assert not list((tmp_path / "data").glob("cifar100*"))
+
+
+def test_parquet_files_in_folders_of_splits(tmp_path):
+    for split, rows in (("train", "train[:6]"), ("test", "test[:4]")):
+        (tmp_path / split).mkdir()
+        table(rows).to_parquet(tmp_path / split / "0000.parquet")
+    assert [len(open_split(task(f"hub:{tmp_path}"), split)) for split in ("train", "test")] == [6, 4]
+
+
+def test_row_without_an_image_is_named(tmp_path):
+    rows = table("test[:3]").to_list()
+    rows[1]["img"] = None
+    datasets.Dataset.from_list(rows, features=table("test[:3]").features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 1 of img holds no image that can be read"):
+        open_split(task(f"hub:{tmp_path / 'a.parquet'}"), "train")

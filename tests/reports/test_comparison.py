@@ -82,3 +82,13 @@ def test_runs_with_a_validation_split_name_both_splits_in_the_table(run, tmp_pat
     other = edit(shutil.copytree(run, tmp_path / "other"), data__validation_split="train[90%:]")
     page = write(run, other, output=tmp_path / "page.html").read_text()
     assert "<th>final test</th>" in page and "<th>best validation</th>" in page and "<th>final</th>" in page
+
+
+def test_runs_that_are_tested_on_other_images_are_in_different_tables(run, tmp_path):
+    others = [
+        edit(shutil.copytree(run, tmp_path / "a"), data__validation_split="train[90%:]"),
+        edit(shutil.copytree(run, tmp_path / "b"), data__validation_split="train[90%:]", data__test_split="train[:10%]"),
+        edit(shutil.copytree(run, tmp_path / "c"), data__test_split="train[90%:]"),
+    ]
+    page = write(*others, output=tmp_path / "page.html").read_text()
+    assert page.count('class="numbers runs"') == 3 and "tested on different data" in page

@@ -107,6 +107,8 @@ def test_means_of_groups_and_differences_are_those_of_the_paper(tmp_path):
 def test_tasks_are_named_by_group_or_name():
     assert len(vtab.tasks("all")) == 19 and len(vtab.tasks("specialized")) == 4
     assert vtab.tasks("pets,natural")[0] == "caltech101" and vtab.tasks("cifar10") == ["cifar10"]
+    with pytest.raises(DataError, match="there is no folder 'x'"):
+        vtab.tasks("hub:a/b@image,label,folder:x")
     with pytest.raises(DataError, match="no task 'petz'; did you mean 'pets'"):
         vtab.tasks("petz")
 
@@ -118,7 +120,9 @@ def test_dry_run_lists_runs_and_cost(capsys):
     assert len(lines) == 3 and "1 + 1 runs, at most 512,000 training images, 54." in lines[0] and lines[2].startswith("4 runs")
 
 
-@pytest.mark.parametrize("override", ["training.batch=3", "training.steps", "training.batch_size=x", "seed=-1"])
+@pytest.mark.parametrize(
+    "override", ["training.batch=3", "training.batch_size", "training.batch_size=x", "seed=-1", "training.steps=3"]
+)
 def test_wrong_field_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         vtab.cell("mini_8", "cifar100_excerpt", 10, 0.1, [override], search=True)
@@ -150,15 +154,26 @@ def test_killed_sweep_ends_with_the_table_of_one_never_killed(models, tmp_path):
             *arguments(models[:count], tmp_path / output, ",".join(tasks), "20"),
         ]
 
-    draw, kills = np.random.default_rng(count), 0
-    while kills < 2:
-        process = subprocess.Popen(command("killed"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(6, 20 * count))
-        if process.poll() is not None:
-            break
-        process.send_signal((signal.SIGKILL, signal.SIGTERM)[kills])
-        assert process.wait(60) in (-9, 143)
-        kills += 1
+    draw = np.random.default_rng(count)
+    for number in (signal.SIGKILL, signal.SIGTERM):  # in a later cell each time
+        with subprocess.Popen(
+            command("killed"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as process:
+            begun = (line for line in process.stderr if line.startswith("["))
+            for _ in range(2 if number == signal.SIGTERM else 1):
+                assert next(begun)
+            time.sleep(draw.uniform(0, 4))
+            process.send_signal(number)
+            process.stderr.read()
+            assert process.wait(60) in (-9, 143)
     for output in ("killed", "whole"):
         subprocess.run(command(output), cwd=ROOT, check=True, capture_output=True)
-    assert kills == 2 and rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_rate_that_diverges_is_the_worst(models, tmp_path, capsys):
+    more = ["--config", "optimizer.clip_norm=0"]
+    for trains in (True, False):  # the second time nothing is trained
+        assert vtab.main([*arguments(models[:1], tmp_path / "sweep", rates="0.01,1e6"), *more]) == 0
+        assert rows(tmp_path / "sweep")[-1][2] == "6, 0.01" and ("of 2]" in capsys.readouterr().err) == trains

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import vit_jax
 from tests.training.states import same
@@ -13,7 +14,7 @@ from vit_jax import metrics as metrics_file
 from vit_jax.config_files import to_json
 from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
-from vit_jax.errors import DataError
+from vit_jax.errors import ConfigError, DataError
 from vit_jax.formats.google import read_meta
 from vit_jax.reports.page import write
 from vit_jax.training import devices, loop, restore
@@ -126,3 +127,21 @@ def test_validation_images_among_the_others_are_refused(validated, split, kind):
     validated.data.validation_split = split
     with pytest.raises(DataError, match=rf"of the \d+ images of data.validation_split = '.*' are in data.{kind}_split"):
         assemble(validated, devices.start(validated.run))
+
+
+def test_run_whose_own_images_changed_is_not_resumed(config, tmp_path):
+    images, _ = open_split(task("cifar100_excerpt"), "train[:40]").take(np.arange(40))
+    for number, pixels in enumerate(images):
+        file = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    config.data.task, config.data.train_split, config.data.test_split = f"folder:{tmp_path / 'photos'}", "", ""
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "photos" / "a").rename(tmp_path / "photos" / "z")
+    for call in (loop.train, loop.evaluate):
+        with pytest.raises(ConfigError, match="the classes of folder:.* have changed since this run began"):
+            call(config, tmp_path / "run")
+    (tmp_path / "photos" / "z").rename(tmp_path / "photos" / "a")
+    file.unlink()
+    with pytest.raises(ConfigError, match="the images of folder:.* have changed since this run began"):
+        loop.train(config, tmp_path / "run")

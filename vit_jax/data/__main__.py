@@ -90,6 +90,8 @@ def _show(name: str, data_dir: str, output: Path | None, on_error: str) -> None:
         print(f"{split:8}{len(source):8,} {sizes}, {source.nbytes / 1e6:.1f} MB as uint8")
     for skipped in splits[row.train_split].skipped:
         print(f"left out: {skipped}")
+    if ignored := splits[row.train_split].ignored:
+        print(f"not used: {ignored}")
     names = splits[row.train_split].class_names
     counts, examples = zip(*(_count(source) for source in splits.values()), strict=True)
     print(f"{f'{len(names)} classes':26}" + "".join(f"{split:>10}" for split in splits))

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import unicodedata
 from collections import Counter
@@ -20,14 +21,16 @@ import numpy as np
 
 from vit_jax import images
 from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
-from vit_jax.data.tasks import TEST_SPLITS, Task
+from vit_jax.data.tasks import Task, split_folders
 from vit_jax.errors import DataError, ImageError, printable, reason
 from vit_jax.files import cache_root, whole_file
 
+_log = logging.getLogger("vit_jax")
 _TEST_SHARE = 0.2  # of the images of each class, if the user did not split them
 _NAMED = 3  # files that an error names
 _THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode images; Pillow works outside Python's lock
 
+_known: dict[Path, dict[str, Any]] = {}  # what this process knows of the files of each folder
 # Of a file when it was decoded: bytes, time of change in ns, height, width, error. Height and width are 0 if it is unreadable.
 _Entry = tuple[int, int, int, int, str]
 
@@ -66,11 +69,13 @@ class Index:
       class_names: in the order of the labels.
       splits: name → images.
       skipped: "PATH (why)" of each unreadable image that was left out.
+      ignored: which files have another suffix than an image's, such as "20 files (.heic, .txt)"; "" if there are none.
     """
 
     class_names: list[str]
     splits: dict[str, Split]
     skipped: tuple[str, ...] = ()
+    ignored: str = ""
 
 
 def index(task: Task, on_error: str = "raise") -> Index:
@@ -87,10 +92,11 @@ def index(task: Task, on_error: str = "raise") -> Index:
 
     Raises:
       DataError: if images cannot be read, if there are none, if a class has no images or no training images, and if the names
-        of two classes differ only in case, spaces or Unicode form.
+        of two classes differ only in case, spaces or Unicode form. Also if a file has two classes or is in two splits.
     """
-    root = Path(task.builder)
-    rows = list(_rows_of_folder(root) if task.kind == "folder" else _rows_of_csv(root))
+    root, others = Path(task.builder), Counter[str]()
+    rows = list(_rows_of_folder(root, others) if task.kind == "folder" else _rows_of_csv(root))
+    _check_files(task, rows)
     if not rows:
         raise DataError(f"{task.name} has no images; files with these suffixes are used: {', '.join(images.SUFFIXES)}")
     entries = _decode_all(root, sorted({path for _, _, path in rows}))
@@ -113,16 +119,31 @@ def index(task: Task, on_error: str = "raise") -> Index:
         sizes = np.array([entries[path][2:4] for _, path in chosen], np.int32)
         splits[split] = Split([path for _, path in chosen], np.array([number for number, _ in chosen], np.int32), sizes)
     _check_classes(task, names, splits)
-    return Index(names, splits, tuple(bad))
+    ignored = f"{others.total():,} files ({', '.join(sorted(others))})" if others else ""
+    return Index(names, splits, tuple(bad), ignored)
 
 
-def _rows_of_folder(root: Path) -> Iterator[tuple[str, str, str]]:
-    """(split, class, path) of each image below a folder; the split is "" if the folder has no train/."""
-    tested = [name for name in TEST_SPLITS if (root / name).is_dir()]
-    trained = "train" if (root / "train").is_dir() else ""
-    for split in [trained, *tested] if trained and tested else [""]:
-        for folder in sorted((root / (split or trained)).iterdir()):
+def _check_files(task: Task, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Raises DataError if a file is there more than once, with other names or links too."""
+    seen: dict[str, tuple[str, str, str]] = {}
+    for row in rows:
+        other = seen.setdefault(os.path.realpath(row[2]), row)
+        if other is not row:
+            places = " and ".join(f"{split or 'no split'}, {name}" for split, name, _ in (other, row))
+            raise DataError(f"{task.name}: {printable(row[2])} is there twice ({places}); an image has one class and split")
+
+
+def _rows_of_folder(root: Path, others: Counter[str]) -> Iterator[tuple[str, str, str]]:
+    """(split, class, path) of each image below a folder; the split is "" if nothing divides them.
+
+    Counts in `others` the suffixes of files that are no images.
+    """
+    folders = split_folders(root)
+    parts = folders if len(folders) > 1 else {"": folders.get("train", root)}
+    for split, part in parts.items():
+        for folder in sorted(part.iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
+                others.update(path.suffix or path.name for path in images.other_files(folder))
                 found = [(split, folder.name, str(path)) for path in images.image_files(folder)]
                 if not found:
                     raise DataError(f"class {printable(folder.name)!r} is empty: there is no image below {folder}")
@@ -137,10 +158,15 @@ def _rows_of_csv(file: Path) -> Iterator[tuple[str, str, str]]:
         if missing:
             raise DataError(
                 f"{file} has no column {' and '.join(sorted(missing))}: its first line must name the columns path, label and, "
-                "optionally, split"
+                "optionally, split, with commas between them"
             )
         try:
             for line in lines:
+                if None in line:
+                    raise DataError(
+                        f"{file}, line {lines.line_num}: there are more values than columns; put a value with a comma in "
+                        "double quotes"
+                    )
                 values = [(line[name] or "").strip() for name in ("path", "label")]
                 split = (line.get("split") or "").strip()
                 if not all(values) or (not split and line.get("split") is not None and "split" in (lines.fieldnames or ())):
@@ -198,35 +224,39 @@ def _decode_all(root: Path, paths: list[str]) -> dict[str, _Entry]:
     """Path → what is known of the file; files that are not in the cache or changed are decoded."""
     from tqdm import tqdm
 
-    file = cache_root() / "images" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    place = root.resolve()
+    file = cache_root() / "images" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
     try:
-        cached = {path: tuple(entry) for path, entry in json.loads(file.read_text()).items()}
+        cached = _known.get(place) or {path: tuple(entry) for path, entry in json.loads(file.read_text()).items()}
     except (OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged
         cached = {}
 
-    def entry(path: str) -> _Entry:
+    def entry(path: str) -> Any:
         try:
             about = os.stat(path)
         except OSError as error:
             return 0, 0, 0, 0, reason(error)
         key = about.st_size, about.st_mtime_ns
-        known: Any = cached.get(path)
+        known: Any = cached.get(os.path.relpath(path, root))
         if known and tuple(known[:2]) == key and len(known) == 5 and not known[4]:
             return known
         try:
             return *key, *images.checked_size(path), ""
         except ImageError as error:
-            return *key, 0, 0, str(error).removeprefix(path).strip().removeprefix("cannot be read").strip(" ()") or "unreadable"
+            why = str(error).removeprefix(path).strip()
+            return *key, 0, 0, why.removeprefix("cannot be read (").removesuffix(")") if "cannot be read (" in why else why
 
     with ThreadPoolExecutor(_THREADS, "index") as pool:
         bar = tqdm(pool.map(entry, paths), total=len(paths), desc="Indexing", unit=" images", delay=2, disable=None)
         entries = dict(zip(paths, bar, strict=True))
-    if entries != cached:
+    found = {os.path.relpath(path, root): about for path, about in entries.items()}
+    if found != cached:
         try:
             with whole_file(file) as opened:
-                opened.write(json.dumps(entries).encode())
-        except OSError:  # then all images are decoded again the next time
-            pass
+                opened.write(json.dumps(found).encode())
+        except OSError as error:
+            _log.warning("all images are decoded at every start because their index cannot be written (%s)", reason(error))
+    _known[place] = found
     return entries
 
 
@@ -244,7 +274,12 @@ def open_split(task: Task, split: str, image_size: int, on_error: str) -> Source
     shape = stored_shape(np.concatenate([part.sizes for part in found.splits.values()]), image_size)
     resized = not (joined.sizes == shape[:2]).all()
     ranges = [(name, start, stop - start) for name, start, stop in parts]
-    return Source(joined, f"{task.name} ({split})", found.class_names, shape, ranges, _decode, resized, found.skipped)
+    base = Path(task.builder).parent if task.kind == "csv" else Path(task.builder)
+    lines = zip(joined.paths, joined.labels.tolist(), joined.sizes.tolist(), strict=True)
+    content = "\n".join(f"{os.path.relpath(path, base)}\t{label}\t{size}" for path, label, size in lines)
+    digest = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
+    where, names = f"{task.name} ({split})", found.class_names
+    return Source(joined, where, names, shape, ranges, _decode, resized, found.skipped, found.ignored, digest)
 
 
 def _decode(example: dict[str, Any], shape: tuple[int, int, int]) -> Decoded:

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub and local ones in its formats, memory-mapped, without TensorFlow; needs the extra `hub`."""
 
 import functools
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
 from vit_jax.data.tasks import Archive, Task
 from vit_jax.errors import DataError, reason
 
+_log = logging.getLogger("vit_jax")
+_SPLITS = ("train", "test", "validation", "val", "valid", "dev")
 _SAMPLE = 1000  # images whose sizes are looked at before those of all
 
 
@@ -58,7 +61,9 @@ def read_records(archive: Archive) -> tuple[Splits, Names]:
         ]
         splits[split] = np.concatenate([*columns, np.stack(pixels)], axis=1)
         names = {label: list(rows.features[labels[label]].names) for label in archive.labels}
-    if archive.digests and digests(splits) != archive.digests:
+    if not archive.digests:
+        _log.warning("the content of %s is not known to be that of %s; results may not be comparable", name, archive.url)
+    elif digests(splits) != archive.digests:
         raise DataError(f"{name} on the hub holds other images or labels than {archive.url}: prepare the archive instead")
     return splits, names
 
@@ -101,15 +106,15 @@ def _load(location: str) -> Any:
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """Split → parquet files, by the first word of their names, as in "train-00000-of-00002.parquet"; else all are "train"."""
+    """Split → parquet files, by their names or folders: "train-00000-of-00002.parquet", "train/0000.parquet"; else "train"."""
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files or any(file.suffix != ".parquet" for file in files):
-        raise DataError(f"hub:{path}: there is no parquet file")
+        raise DataError(f"hub:{path}: there is no parquet file; a folder of images is folder:{path}")
     splits: dict[str, list[str]] = {}
-    for file in files:
-        word = re.split(r"[-_.]", file.name)[0]
-        known = word in ("train", "test", "validation", "val", "valid", "dev") and len(files) > 1
-        splits.setdefault(word if known else "train", []).append(str(file))
+    for file in files:  # the split is the folder's name or the first word of the file's
+        words = [re.split(r"[-_.]", file.name)[0], *(reversed(file.relative_to(path).parts[:-1]) if path.is_dir() else ())]
+        known = [word for word in words if word in _SPLITS and len(files) > 1]
+        splits.setdefault(known[0] if known else "train", []).append(str(file))
     return splits
 
 
@@ -121,9 +126,10 @@ def _columns(task: Task, found: Any) -> tuple[str, str, list[str], dict[Any, int
     named = [name for name in task.builder.partition("@")[2].split(",") if name]
     missing = missing_columns(features, *named)
     if missing or len(named) not in (0, 2):
+        wrong = f"there is no column {', '.join(missing)}" if missing else f"{len(named)} columns are named"
         raise DataError(
-            f"{task.name}: there is no column {', '.join(missing or named)}; after @ give the columns of the image and of the "
-            f"label, among {', '.join(features)}"
+            f"{task.name}: {wrong}; after @ give two columns, that of the image and that of the label, among "
+            f"{', '.join(features)}"
         )
     pictured = named[:1] or [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = {name: kind.num_classes for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
@@ -154,8 +160,11 @@ def _shape(found: Any, column: str, image_size: int) -> tuple[tuple[int, int, in
     for limit in (_SAMPLE, None):
         for part in found.values():
             part = part.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-            for row in part.select(range(min(limit or len(part), len(part)))):
-                sizes.append(images.shown_size(_bytes(row[column])))
+            for number, row in enumerate(part.select(range(min(limit or len(part), len(part))))):
+                try:
+                    sizes.append(images.shown_size(_bytes(row[column])))
+                except Exception as error:  # Pillow's decoders raise errors of many types
+                    raise DataError(f"row {number} of {column} holds no image that can be read ({reason(error)})") from None
         if len(set(sizes)) > 1:
             return stored_shape(None, image_size), True
     shape = stored_shape(np.array(sizes), image_size)
@@ -163,6 +172,8 @@ def _shape(found: Any, column: str, image_size: int) -> tuple[tuple[int, int, in
 
 
 def _bytes(value: dict[str, Any]) -> bytes:
+    if value is None:
+        raise DataError("there is no image")
     return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
@@ -170,5 +181,7 @@ def _decode(
     example: dict[str, Any], shape: tuple[int, int, int], image: str, label: str, numbers: dict[Any, int] | None
 ) -> Decoded:
     content, value = _bytes(example[image]), example[label]
+    if value is None:
+        raise DataError(f"a row has no value in the column {label}: leave such rows out")
     pixels = images.fitted(content, shape[:2], "an image")
     return pixels, images.shown_size(content), numbers[value] if numbers else value

@@ -54,9 +54,8 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike, image_size: 
     ]
     fixed = np.array([shape[:2]]) if None not in shape else None
     stored = stored_shape(fixed, image_size)
-    return Source(
-        records, f"{folder} ({split})", names, stored, ranges, decode, resized=fixed is None or stored[:2] != shape[:2]
-    )
+    resized, advice = fixed is None or stored[:2] != shape[:2], ": delete the folder and prepare it again"
+    return Source(records, f"{folder} ({split})", names, stored, ranges, decode, resized, advice=advice)
 
 
 def how_to_prepare(task: Task, data_dir: str | os.PathLike = "", archive: str = "") -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data.tasks import Task
-from vit_jax.errors import DataError, ImageError, reason
+from vit_jax.errors import DataError, UserError, reason
 
 Decoded = tuple[np.ndarray, tuple[int, int], int]  # pixels uint8 [height, width, 3], original (height, width), label
 _BATCH = 1024  # records that are read at once; bounds the memory needed besides the result
@@ -33,6 +33,8 @@ class Source:
       ranges: (file, first record, number of records) of each part of the split.
       resized: whether images are resized to `image_shape`, because they do not all have it.
       skipped: "PATH (why)" of each image that was left out because it cannot be read.
+      ignored: which files are no images, such as "3 files (.txt)"; "" if there are none.
+      digest: of the user's own images: the SHA-256 of their paths, sizes in bytes and labels; "" of other data.
     """
 
     def __init__(
@@ -45,12 +47,16 @@ class Source:
         decode: Callable[..., Decoded],
         resized: bool = False,
         skipped: tuple[str, ...] = (),
+        ignored: str = "",
+        digest: str = "",
+        advice: str = "",
     ):
         """Wraps `records`, a `tfds.data_source` or what acts like one; errors call the source `where`.
 
         `decode(example, shape=image_shape)` returns the pixels, the original (height, width) and the label.
         """
         self.ranges, self.resized, self.skipped = ranges, resized, skipped
+        self.ignored, self.digest, self._advice = ignored, digest, advice
         self._records = records
         self._where = where
         self._decode = decode
@@ -102,12 +108,10 @@ class Source:
             try:
                 for row, found in enumerate(apply(decode, self._records.__getitems__(keys)), first):
                     images[row], sizes[row], labels[row] = found
-            except (ImportError, ImageError):
+            except (ImportError, UserError):
                 raise
             except Exception as error:  # the type depends on the place of the damage
-                raise DataError(
-                    f"{self._where} cannot be read ({reason(error)}): delete the folder and prepare it again"
-                ) from error
+                raise DataError(f"{self._where} cannot be read ({reason(error)}){self._advice}") from error
         if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise DataError(
                 f"{self._where} has labels from {labels.min()} to {labels.max()}, expected 0 to {self.num_classes - 1}: the "
@@ -154,7 +158,7 @@ def no_split(task: Task, split: str, names: Iterable[str]) -> DataError:
     """The error for a split that does not exist."""
     return DataError(
         f"{task.name} has no split {split!r}: expected one of {', '.join(names)}, a slice of one such as 'train[:98%]' within "
-        "its bounds, or a sum of slices such as 'train+test'"
+        "its bounds, or a sum of slices such as 'train+test'; data.train_split and data.test_split name them"
     )
 
 

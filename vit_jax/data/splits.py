@@ -96,6 +96,8 @@ def warnings(task: Task, data: Data, sources: Splits, batch_size: int) -> Iterat
     if skipped := sources[0].skipped:
         more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
         yield f"{len(skipped):,} images of {task.name} cannot be read and are left out: {'; '.join(skipped[:3])}{more}"
+    if sources.train.ignored:
+        yield f"{sources.train.ignored} of {task.name} are not used: their suffixes are not those of images that can be read"
     if shared := shared_examples(sources.train, sources.test):
         yield (
             f"{shared:,} of the {len(sources[1]):,} test images are training images too "

@@ -228,15 +228,18 @@ TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 OTHERS = {
     "hub": "hub:NAME[:CONFIGURATION], a data set of the Hugging Face hub such as hub:uoft-cs/cifar100, or a local parquet file "
     "or folder; needs the extra `hub`",
-    "tfds": "tfds:NAME, any data set of TFDS with an image and a label, such as tfds:food101",
+    "tfds": "tfds:NAME, any data set of TFDS with an image and a label, such as tfds:stanford_dogs",
     "folder": "folder:PATH, a folder with a folder of images for each class, or with such folders in train/ and test/",
     "csv": "csv:PATH, a CSV file with the columns path, label and, optionally, split",
 }
+# Names of the folders of splits, in any case.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "valid"}
+_SPLITS |= {"validation": "validation"}
 TEST_SPLITS = ("test", "val", "valid", "validation")  # names of what is evaluated, the first that exists by default
 
 
 def task(name: str) -> Task:
-    """Returns the task of this name: a row of TASKS, or one of OTHERS, such as "folder:photos" or "tfds:food101".
+    """Returns the task of this name: a row of TASKS, or one of OTHERS, such as "folder:photos" or "tfds:stanford_dogs".
 
     Raises:
       DataError: if there is none; the message suggests the nearest name.
@@ -255,6 +258,27 @@ def task(name: str) -> Task:
     raise DataError(f"there is no task {name!r}{hint}: `vit_jax data list` shows all, and how to name your own images")
 
 
+def split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The folders of splits in a folder of images: split → folder; empty if it holds the folders of classes.
+
+    Raises:
+      DataError: if there is a folder of a split that holds classes, but none to train on, or two of one split.
+    """
+    found: dict[str, pathlib.Path] = {}
+    for entry in sorted(root.iterdir()):
+        split = _SPLITS.get(entry.name.lower(), "")
+        if split and entry.is_dir() and any(child.is_dir() for child in entry.iterdir()):  # a class holds images
+            if split in found:
+                raise DataError(f"{root} has two folders of the split {split!r}: {found[split].name} and {entry.name}")
+            found[split] = entry
+    if found and "train" not in found:
+        names = ", ".join(folder.name for folder in found.values())
+        raise DataError(
+            f"{root} has {names} with folders of classes, but no train: name the folder with the training images train"
+        )
+    return found
+
+
 def _own_images(name: str, kind: str, location: str) -> Task:
     """The task of a folder or a CSV file that exists; its splits' names are read, its images are not."""
     try:
@@ -267,15 +291,16 @@ def _own_images(name: str, kind: str, location: str) -> Task:
             f"{name}: there is no {'folder' if kind == 'folder' else 'file'} {location!r}; expected {OTHERS[kind]}{here}"
         )
     if kind == "folder":
-        names = {entry.name for entry in path.iterdir() if entry.is_dir()} if (path / "train").is_dir() else set()
+        names = set(split_folders(path))
     else:
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 names = {(row.get("split") or "").strip() for row in csv.DictReader(file)}
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{name}: {path} is not a CSV file in UTF-8 ({error})") from None
-    test = next((split for split in TEST_SPLITS if split in names), TEST_SPLITS[0])
-    return Task(name, str(path), kind=kind, test_split=test)
+    evaluated = [split for split in TEST_SPLITS if split in names]
+    validation = ("train", evaluated[1]) if len(evaluated) > 1 else Task.validation
+    return Task(name, str(path), kind=kind, test_split=[*evaluated, TEST_SPLITS[0]][0], validation=validation)
 
 
 def examples(task: Task, split: str) -> int:

@@ -21,13 +21,16 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
     """Yields the body of the page in parts."""
     names = [run.name for run in runs]
     label_of = {id(run): run.name if names.count(run.name) == 1 else str(run.path) for run in runs}
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.config.data.task, run.accuracy_label), []).append(run)
+        groups.setdefault((run.config.data.task, run.splits.validation, run.splits.test), []).append(run)
     yield "<h1>Runs compared</h1>"
     if len(groups) > 1:
         yield notice("These runs are tested on different data: do not compare numbers of different tables.")
-    for (task, accuracy_label), group in groups.items():
+    for (task, validation, _), group in groups.items():
+        accuracy_label = (
+            f"{group[0].test_label}, validation {group[0].accuracy_label}" if validation else group[0].accuracy_label
+        )
         figures = ("final test", "best validation") if group[0].splits.validation else ("final", "best")
         rows: list[Sequence[Any]] = [("", *figures, "top-5", "loss", "steps", "images/s")]
         rows += [(label_of[id(run)], *_results(run)) for run in group]
@@ -41,7 +44,8 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
             f"standard deviation of {len(group)} runs that differ only in the seed ({which}).</p>"
         )
     yield '<h2>Learning</h2>\n<div class="figures">'
-    for number, ((task, accuracy_label), group) in enumerate(groups.items()):
+    for number, ((task, *_), group) in enumerate(groups.items()):
+        accuracy_label = group[0].accuracy_label
         figure = learning_curves(
             {printable(label_of[id(run)]): run.metrics for run in group}, accuracy_label, group[0].chosen_metric.split("/")[0]
         )

@@ -13,8 +13,9 @@ from vit_jax import metrics
 from vit_jax.config import Config, difference
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, UserError, reason
-from vit_jax.files import FINAL_WEIGHTS
+from vit_jax.files import FINAL_WEIGHTS, locked
 from vit_jax.training import loop
+from vit_jax.training.guard import Diverged
 from vit_jax.training.workdir import Busy
 
 _WAIT = 5.0  # seconds until a cell that another process trains is looked at again
@@ -42,13 +43,15 @@ class Stopped(Exception):
 
 
 def result(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The last metrics of a cell that is finished, from its files; None if it is not.
+    """The last metrics of a cell that is finished or has diverged ("diverged" says why), from its files; else None.
 
     Raises:
       ConfigError: if its folder holds a run of another configuration.
     """
     workdir = folder / cell.name
-    if not (workdir / FINAL_WEIGHTS).is_file():
+    lines = metrics.read(workdir)
+    diverged = bool(lines) and "diverged" in lines[-1]
+    if not diverged and not (workdir / FINAL_WEIGHTS).is_file():
         return None
     try:
         saved = from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
@@ -56,25 +59,43 @@ def result(cell: Cell, folder: Path) -> dict[str, Any] | None:
         return None
     if names := difference(cell.config, saved):
         raise ConfigError(f"{workdir} holds a run with other values of {', '.join(names)}: name another --output, or remove it")
-    found = [line for line in metrics.read(workdir) if line["step"] == cell.config.training.steps and "test/accuracy" in line]
+    if diverged:
+        return lines[-1]
+    found = [line for line in lines if line["step"] == cell.config.training.steps and "test/accuracy" in line]
     return found[-1] if found else None
+
+
+def _is_busy(workdir: Path) -> bool:
+    """Whether another process trains in the folder."""
+    try:
+        if workdir.is_dir():
+            with locked(workdir / ".lock", "", wait=False):
+                pass
+    except BlockingIOError:
+        return True
+    except OSError:  # `train` says what is wrong with it
+        pass
+    return False
 
 
 def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, Any] | UserError]]:
     """Trains the cells that are not finished, and yields each with its last metrics, or with the error that ended it.
 
-    A cell that another process trains is waited for, after all others. Cells of the same configuration but for the numbers of
-    steps and rates compile once.
+    A cell that another process trains is waited for, after all others. A loss that is not finite is a result: the metrics of
+    such a cell have "diverged".
 
     Raises:
       Stopped: if SIGINT or SIGTERM ended a run; its state is saved.
     """
-    waiting = list(cells)
+    waiting, told = list(cells), False
     while waiting:
         busy = []
         for number, cell in enumerate(waiting, 1):
             try:
                 found = result(cell, folder)
+                if found is None and _is_busy(folder / cell.name):
+                    busy.append(cell)
+                    continue
                 if found is None:
                     print(f"[{number} of {len(waiting)}] {cell.name}", file=sys.stderr, flush=True)
                     trained = loop.train(cell.config, folder / cell.name)
@@ -85,9 +106,16 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
                 yield cell, found
             except Busy:
                 busy.append(cell)
+            except Diverged as error:
+                yield cell, {"diverged": str(error)}
             except UserError as error:
                 print(f"{cell.name}: {reason(error, 1000)}", file=sys.stderr, flush=True)
                 yield cell, error
+        if busy and not told:
+            told = True
+            print(
+                f"waiting for other processes, which train {', '.join(cell.name for cell in busy)}", file=sys.stderr, flush=True
+            )
         if busy:
             time.sleep(_WAIT)
         waiting = busy

@@ -11,6 +11,7 @@ import argparse
 import ast
 import csv
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vit_jax.studies.grid import Cell
 
 STEPS, RATES = (500, 2500), (0.001, 0.003, 0.01, 0.03)  # the paper's grid
+_OWN = {"model.checkpoint", "data.task", "data.validation_split", "training.steps", "optimizer.learning_rate"}
 GROUPS = ("natural", "specialized", "structured")
 PAPER = Path(__file__).parents[1] / "assets" / "augreg_vtab.csv"
 PRETRAINING = "ImageNet-21k (300ep)"  # of the files that the names of models mean
@@ -86,9 +88,10 @@ def _run(args: argparse.Namespace) -> int:
         found = {one.name: value for one, value in grid.run(list(itertools.chain(*searches.values())), args.output)}
         finals = {}
         for key, cells in searches.items():
-            scores = [value["validation/accuracy"] for one in cells if isinstance(value := found[one.name], dict)]
+            scores = [value.get("validation/accuracy", -1.0) for one in cells if isinstance(value := found[one.name], dict)]
             failed += len(cells) - len(scores)
-            if len(scores) == len(cells):  # with a missing one, the choice could be another
+            # With a missing one, the choice could be another. One that diverged is the worst.
+            if len(scores) == len(cells) and max(scores) >= 0:
                 best = cells[scores.index(max(scores))].config
                 finals[key] = cell(*key, best.training.steps, best.optimizer.learning_rate, args.config, search=False)
         results = {one.name: value for one, value in grid.run(list(finals.values()), args.output)}
@@ -98,9 +101,10 @@ def _run(args: argparse.Namespace) -> int:
     accuracies = {}
     for key, one in finals.items():
         value = results[one.name]
-        failed += not isinstance(value, dict)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "test/accuracy" in value:
             accuracies[key] = 100 * value["test/accuracy"]
+        else:
+            failed += 1
     write(args.output, models, names, accuracies, {key: one.config for key, one in finals.items()})
     print((args.output / "table.md").read_text(), end="")
     print(f"Table: {args.output / 'table.md'}, {args.output / 'table.csv'}; page: {args.output / 'index.html'}")
@@ -114,7 +118,7 @@ def tasks(text: str) -> list[str]:
     from vit_jax.data.tasks import TASKS, task
 
     names: list[str] = []
-    for word in text.split(","):
+    for word in re.findall(r"(?:hub:[^,]*@[^,]*,[^,]*|[^,]+)", text):  # the columns of a data set of the hub have a comma too
         group = [name for name, row in TASKS.items() if row.group and word in ("all", row.group)]
         names += group or [task(word).name]
     return sorted(
@@ -147,6 +151,8 @@ def _override(config: "Config", text: str) -> None:
 
     name, _, value = text.partition("=")
     known = fields(config)
+    if name in _OWN:
+        raise ConfigError(f"--config {text}: the sweep sets {name} itself; see --models, --tasks, --steps and --lrs")
     if name not in known or not value:
         raise ConfigError(
             f"--config {text}: expected FIELD=VALUE with a field of a configuration, such as training.batch_size=64"
@@ -156,6 +162,7 @@ def _override(config: "Config", text: str) -> None:
     for section in sections:
         node = getattr(node, section)
     try:
+        value = {"true": "True", "false": "False"}.get(value, value)
         setattr(node, field, value if known[name][1] is str else ast.literal_eval(value))
     except (ValueError, SyntaxError):
         raise ConfigError(

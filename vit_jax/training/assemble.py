@@ -118,7 +118,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         layout=layout,
         sources=sources,
         program=programs,
-        meta=_describe_weights(config, statistics, sources.train.class_names, saved),
+        meta=restore.check_data(saved, _describe_weights(config, statistics, sources, saved)),
         saved=saved is not None,
         warnings=warnings,
     )
@@ -183,7 +183,7 @@ def _initial_model(config: Config, num_classes: int, keep_head: bool) -> tuple[V
 
 
 def _describe_weights(
-    config: Config, statistics: Any, class_names: list[str], saved: Mapping[str, Any] | None
+    config: Config, statistics: Any, sources: splits.Splits, saved: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a reader of the run's weights must know: normalisation, image size, class names, task, source and its hash.
 
@@ -193,8 +193,9 @@ def _describe_weights(
     meta = {
         "normalization": {"mean": list(mean), "std": list(std)},
         "image_size": config.data.image_size,
-        "class_names": class_names,
+        "class_names": sources.train.class_names,
         "task": config.data.task,
+        "images_sha256": [source.digest for source in sources if source and source.digest],
         "source": f"random weights, {config.model.variant}",
     }
     if saved:

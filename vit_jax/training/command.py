@@ -189,9 +189,13 @@ def workdir_of(source: str) -> Path:
     path, argument = config_files.split(source)
     if path.endswith(".json"):
         return Path(path).parent
-    own_images = re.compile(r"(folder|csv):(.*/)?")  # of these only the last name of the path, without its suffix
-    words = [PurePath(word.rstrip("/")).stem if own_images.match(word) else word for word in argument.split(",")]
-    return Path("runs", "-".join([Path(path).stem, *(own_images.sub("", word).replace("/", "_") for word in words if word)]))
+    words = []
+    for word in argument.split(","):
+        kind, _, location = word.partition(":")
+        if location and kind in ("folder", "csv"):  # only the last name of the path
+            word = Path(location).expanduser().absolute().resolve().name.removesuffix(".csv")
+        words.append(word.replace("/", "_").replace(":", "_"))
+    return Path("runs", "-".join([Path(path).stem, *filter(None, words)]))
 
 
 def report(config: Config, metrics: dict[str, float]) -> str:

@@ -61,17 +61,21 @@ def complete(parts: Parts, params: Any, saver: Saver, step: int, workdir: Path, 
         found = {"step": step, **evaluate(parts, params, step, workdir)}
         if not has_line:
             log.write(step, {name: value for name, value in found.items() if name != "step"})
-    return found | _test_best(parts, saver, step, workdir, log)
+    return found | _test_best(parts, saver, found, workdir, log)
 
 
-def _test_best(parts: Parts, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
+def _test_best(parts: Parts, saver: Saver, last: dict[str, float], workdir: Path, log: journal.Journal) -> dict[str, float]:
     """The test accuracy of the parameters that the validation split chose, measured once, when the run is finished."""
     if not parts.validation_feed or saver.best is None:
         return {}
+    step = int(last["step"])
     for line in read(workdir):
         if _BEST in line:
             return {_BEST: line[_BEST]}
-    params = parts.layout.put(saver.best_params)
-    found = {_BEST: _measure(parts, params, "test", parts.test_feed)[0]["test/accuracy"]}
+    if saver.best["step"] == step:
+        found = {_BEST: last["test/accuracy"]}
+    else:
+        params = parts.layout.put(saver.best_params)
+        found = {_BEST: _measure(parts, params, "test", parts.test_feed)[0]["test/accuracy"]}
     log.write(step, found)
     return found

@@ -219,3 +219,19 @@ def _value(config: Config, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
+
+
+def check_data(saved: Mapping[str, Any] | None, meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns `meta`, the description of a run's weights, if its data are those that the record of a saved state describes.
+
+    Raises:
+      ConfigError: if the classes or the user's own images are others than when the run began.
+    """
+    before = (saved or {}).get("meta", {})
+    for name, what in (("class_names", "classes"), ("images_sha256", "images")):
+        if before.get(name, meta[name]) != meta[name]:
+            raise ConfigError(
+                f"the {what} of {meta['task']} have changed since this run began, so it would not be the same: restore them, "
+                "or start a new run with another --workdir"
+            )
+    return meta

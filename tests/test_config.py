@@ -44,7 +44,11 @@ def put(config, name, value):
         ("augment.crop_area", 0.3, "augment.crop_area must be of type tuple"),
         ("augment.crop_area", (0.9, 0.1), "0 < least <= largest <= 1"),
         ("augment.crop_area", (0.0, 1.0), "0 < least <= largest <= 1"),
-        ("augment.crop", "centre", "augment.crop must be one of 'torchvision', 'tensorflow', 'none', got 'centre'"),
+        (
+            "augment.crop",
+            "centre",
+            "augment.crop must be one of 'torchvision', 'tensorflow', 'resize_crop', 'none', got 'centre'",
+        ),
         ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw'"),
         ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps = 1000 must be shorter than the run, training.steps = 1000"),
         ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must be from 0 to 2,147,483,647, got -1"),

@@ -31,8 +31,8 @@ test-lowest: .venv-lowest/.tools  ## all tests but the demo's with the lowest ve
 	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) -m "not demo"; else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-# What depends on the numbers that compiled programs give, and the demo.
-NUMBERS := tests/models tests/transforms tests/training tests/formats/test_oracles.py tests/test_runs.py
+# What depends most on the numbers that compiled programs give, and the demo; `make test-full` compiles all optimised.
+NUMBERS := tests/models tests/transforms tests/training/test_step.py tests/formats/test_oracles.py tests/test_runs.py
 test-newest: .venv-newest/.tools  ## `make test` and the demo's test with the newest versions, on Python 3.13 (else 3.12); numbers optimised
 	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not slow or demo" $(NUMBERS) \
 		&& $(NEWEST) $(PYTEST) -m "not slow" $(addprefix --ignore=,$(NUMBERS)); \

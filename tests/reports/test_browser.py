@@ -15,7 +15,7 @@ from vit_jax.formats.google import save_npz
 from vit_jax.reports import sections
 from vit_jax.reports.markup import figure_html
 from vit_jax.reports.page import write
-from vit_jax.reports.runs import read_run, superclasses
+from vit_jax.reports.runs import read_run
 
 
 def check_layout(browser, page: Path) -> None:
@@ -107,7 +107,7 @@ def test_page_of_all_of_cifar100_is_complete(run, prepared_cifar100, shared, bro
     with tarfile.open(shared / "data" / "cifar-100-binary.tar.xz") as archive:
         files = {member.name.rpartition("/")[2]: archive.extractfile(member).read() for member in archive if member.isfile()}
     labels = np.frombuffer(files["test.bin"], np.uint8).reshape(-1, 3074)[:, :2]
-    names, superclass_of = superclasses(read_run(run))
+    names, superclass_of = read_run(run).superclasses()
     assert superclass_of == {int(fine): int(coarse) for coarse, fine in labels} and len(superclass_of) == 100
     assert names == files["coarse_label_names.txt"].decode().split()
 

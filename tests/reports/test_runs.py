@@ -10,7 +10,7 @@ from vit_jax.config import check
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, DataError, ReportError
 from vit_jax.reports.markup import figure_html
-from vit_jax.reports.runs import Missing, read_run, superclasses
+from vit_jax.reports.runs import Missing, read_run
 from vit_jax.reports.sections import prediction_figures
 
 
@@ -85,11 +85,11 @@ def test_superclasses_without_prepared_data_are_an_error(run, tmp_path, task):
         expected = read_run(run).test
     except DataError as error:
         with pytest.raises(DataError, match="prepared") as found:
-            superclasses(read_run(run))
+            read_run(run).superclasses()
         assert str(found.value) == str(error)
     else:  # the embedded data are there, whatever data_dir is
-        assert task == "cifar100_excerpt" and len(expected) == 100 and superclasses(read_run(run)) is None
+        assert task == "cifar100_excerpt" and len(expected) == 100 and read_run(run).superclasses() is None
 
 
 def test_superclasses_of_a_data_set_without_any_are_none(run):
-    assert superclasses(read_run(run)) is None
+    assert read_run(run).superclasses() is None

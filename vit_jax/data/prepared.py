@@ -15,6 +15,8 @@ from vit_jax.data.sources import Decoded, Source, empty_split, no_split, stored_
 from vit_jax.data.tasks import NotPrepared, Task, data_root, find_prepared, prepare_command
 from vit_jax.errors import DataError, reason
 
+_RECORDS = 1000  # examples read at once
+
 
 def open_split(task: Task, split: str, data_dir: str | os.PathLike, image_size: int) -> Source:
     """Opens a split of a task's prepared data; arguments and errors as of `splits.open_split`."""
@@ -56,6 +58,35 @@ def open_split(task: Task, split: str, data_dir: str | os.PathLike, image_size: 
     stored = stored_shape(fixed, image_size)
     resized, advice = fixed is None or stored[:2] != shape[:2], ": delete the folder and prepare it again"
     return Source(records, f"{folder} ({split})", names, stored, ranges, decode, resized, advice=advice)
+
+
+def superclasses(
+    task: Task, split: str, data_dir: str | os.PathLike, num_classes: int
+) -> tuple[list[str], dict[int, int]] | None:
+    """Reads the data set's own coarser classes: the feature "coarse_label" of TFDS's cifar100.
+
+    Args:
+      task, split, data_dir: of data that `open_split` opens.
+      num_classes: after so many classes no further example is read.
+
+    Returns:
+      (names of the superclasses, class → superclass as in the split); None if the data set has none.
+    """
+    import tensorflow_datasets as tfds
+
+    if task.kind != "tfds":
+        return None
+    builder = tfds.builder_from_directory(find_prepared(task, data_dir))
+    if "coarse_label" not in builder.info.features:
+        return None
+    records: Any = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    found: dict[int, int] = {}
+    for first in range(0, len(records), _RECORDS):
+        batch = records.__getitems__(range(first, min(first + _RECORDS, len(records))))
+        found |= {int(example["label"]): int(example["coarse_label"]) for example in batch}
+        if len(found) == num_classes:
+            break
+    return list(builder.info.features["coarse_label"].names), found
 
 
 def how_to_prepare(task: Task, data_dir: str | os.PathLike = "", archive: str = "") -> str:

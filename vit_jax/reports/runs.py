@@ -23,16 +23,16 @@ from vit_jax.checkpoints.download import FOLDER_WEIGHTS, RUN_WEIGHTS, local
 from vit_jax.checkpoints.load import load
 from vit_jax.config import Config, check
 from vit_jax.config_files import from_json
+from vit_jax.data.prepared import superclasses
 from vit_jax.data.sources import Source
 from vit_jax.data.splits import Names, names, open_split
-from vit_jax.data.tasks import Task, find_prepared, task
+from vit_jax.data.tasks import Task, task
 from vit_jax.errors import CheckpointError, ConfigError, DataError, ReportError, printable, reason
 from vit_jax.files import FINAL_WEIGHTS, sha256
 from vit_jax.formats.google import read_meta, read_shapes
 from vit_jax.models.vit import VisionTransformer
 
 BEFORE = "before"  # the name of the weights that a run started from
-_RECORDS = 1000  # examples read at once
 
 
 class Missing(Exception):
@@ -240,6 +240,10 @@ class Run:
         """The training split; DataError if it is not prepared on this machine."""
         return self._open(self.splits[0])
 
+    def superclasses(self) -> tuple[list[str], dict[int, int]] | None:
+        """The data set's own coarser classes, see `data.prepared.superclasses`; DataError if it is not prepared here."""
+        return superclasses(self.task, self.splits.test, self.config.run.data_dir, self.test.num_classes)
+
     @functools.cached_property
     def class_names(self) -> Sequence[str]:
         """A name for each class, from the JSON next to the weights, else from the data set. All differ, each is one line."""
@@ -292,30 +296,3 @@ def read_run(path: Path) -> Run:
     # Numbers that are not finite are not drawn, and are never the best.
     finite = [{name: x for name, x in line.items() if type(x) in (int, float) and abs(x) < 1e30} for line in lines]
     return Run(path, config, finite, diverged if isinstance(diverged, str) else "")
-
-
-def superclasses(run: Run) -> tuple[list[str], dict[int, int]] | None:
-    """Reads the data set's own coarser classes: the feature "coarse_label" of TFDS's cifar100.
-
-    Returns:
-      (names of the superclasses, class → superclass as in the test images); None if the data set has none.
-
-    Raises:
-      DataError: if the data set is not prepared on this machine.
-    """
-    import tensorflow_datasets as tfds
-
-    _ = run.test  # with its errors
-    if run.task.kind != "tfds":
-        return None
-    builder = tfds.builder_from_directory(find_prepared(run.task, run.config.run.data_dir))
-    if "coarse_label" not in builder.info.features:
-        return None
-    records: Any = builder.as_data_source(run.splits[1], decoders={"image": tfds.decode.SkipDecoding()})
-    found: dict[int, int] = {}
-    for first in range(0, len(records), _RECORDS):
-        batch = records.__getitems__(range(first, min(first + _RECORDS, len(records))))
-        found |= {int(example["label"]): int(example["coarse_label"]) for example in batch}
-        if len(found) == run.test.num_classes:
-            break
-    return list(builder.info.features["coarse_label"].names), found

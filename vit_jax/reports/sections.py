@@ -19,7 +19,7 @@ from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.reports import attention, curves, figures
 from vit_jax.reports.analysis import softmax
-from vit_jax.reports.runs import BEFORE, Missing, Run, superclasses
+from vit_jax.reports.runs import BEFORE, Missing, Run
 from vit_jax.transforms.keys import AUGMENT, example_keys, stream
 from vit_jax.transforms.preprocess import for_evaluation, for_training
 
@@ -227,7 +227,7 @@ def _mistakes(run: Run, logits: np.ndarray, labels: np.ndarray, names: Any) -> I
 
 
 def _superclass_accuracy(run: Run, logits: np.ndarray, labels: np.ndarray) -> Iterator[CaptionedFigure]:
-    if not (found := superclasses(run)):
+    if not (found := run.superclasses()):
         return
     names, superclass_of = found
     true, predicted = (

@@ -27,6 +27,7 @@ Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndar
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: Pillow runs a program for it
 MAX_BYTES = 100 * 2**20  # that are read from an address or standard input
+THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode images; Pillow works outside Python's lock
 _DOWNLOAD_SECONDS = 300.0
 _LARGE = 2**24  # pixels; a single thread decodes all images with more
 # A lock does not suffice: glibc's malloc keeps what a thread freed for that thread, so eight threads that take turns

@@ -16,9 +16,9 @@ from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ImageError
 from vit_jax.formats.google import save_npz
+from vit_jax.images import THREADS
 from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.predict import Classifier
-from vit_jax.predict.classifier import _THREADS
 from vit_jax.training import devices
 from vit_jax.training.assemble import assemble
 from vit_jax.training.evaluate import predictions
@@ -151,7 +151,7 @@ def test_stream_holds_few_images_in_memory(run, noise):
         assert name == str(done)
         most = max(most, given - done)
     assert done == 499
-    assert 3 * 4 <= most <= max(2 * 4, _THREADS) + 3 * 4
+    assert 3 * 4 <= most <= max(2 * 4, THREADS) + 3 * 4
 
 
 def test_images_are_read_while_the_device_computes(run, noise):

@@ -28,7 +28,6 @@ from vit_jax.files import cache_root, whole_file
 _log = logging.getLogger("vit_jax")
 _TEST_SHARE = 0.2  # of the images of each class, if the user did not split them
 _NAMED = 3  # files that an error names
-_THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode images; Pillow works outside Python's lock
 
 _known: dict[Path, dict[str, Any]] = {}  # what this process knows of the files of each folder
 # Of a file when it was decoded: bytes, time of change in ns, height, width, error. Height and width are 0 if it is unreadable.
@@ -246,7 +245,7 @@ def _decode_all(root: Path, paths: list[str]) -> dict[str, _Entry]:
             why = str(error).removeprefix(path).strip()
             return *key, 0, 0, why.removeprefix("cannot be read (").removesuffix(")") if "cannot be read (" in why else why
 
-    with ThreadPoolExecutor(_THREADS, "index") as pool:
+    with ThreadPoolExecutor(images.THREADS, "index") as pool:
         bar = tqdm(pool.map(entry, paths), total=len(paths), desc="Indexing", unit=" images", delay=2, disable=None)
         entries = dict(zip(paths, bar, strict=True))
     found = {os.path.relpath(path, root): about for path, about in entries.items()}

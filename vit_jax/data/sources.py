@@ -1,7 +1,6 @@
 """A split as arrays, addressed by index, wherever its images come from."""
 
 import functools
-import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +121,9 @@ class Source:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1)), "decode")
+    from vit_jax.images import THREADS
+
+    return ThreadPoolExecutor(THREADS, "decode")
 
 
 def shared_examples(a: Source, b: Source) -> int:

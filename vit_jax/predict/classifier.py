@@ -15,7 +15,7 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.errors import CheckpointError, ImageError, printable
 from vit_jax.formats.meta import image_size, statistics
-from vit_jax.images import Source, read_image
+from vit_jax.images import THREADS, Source, read_image
 from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.models.variants import patches
 from vit_jax.predict.names import class_names, is_published
@@ -23,7 +23,6 @@ from vit_jax.runtime import compiler_options
 from vit_jax.transforms.preprocess import scale
 
 _log = logging.getLogger("vit_jax")
-_THREADS = max(2, min(16, os.cpu_count() or 1))  # that decode images
 
 Result = list[tuple[str, float]]  # (name, probability) of the most probable classes, best first
 
@@ -194,11 +193,11 @@ class Classifier:
                 return error
 
         wait = True
-        pool, ahead = ThreadPoolExecutor(_THREADS, "images"), deque[tuple[str, Future]]()
+        pool, ahead = ThreadPoolExecutor(THREADS, "images"), deque[tuple[str, Future]]()
         try:
             for name, source in images:
                 ahead.append((name, pool.submit(read, name, source)))
-                if len(ahead) == max(2 * self.batch_size, _THREADS):
+                if len(ahead) == max(2 * self.batch_size, THREADS):
                     name, future = ahead.popleft()
                     yield name, future.result()
             for name, future in ahead:

@@ -2,14 +2,14 @@
 
     python -m vit_jax.studies.vtab --models B/16,R+Ti/16 --tasks all
 
-The protocol is that of "How to train your ViT?" (Steiner et al. 2021, section 4.4 and table 3): of all given numbers of steps
-and learning rates the pair with the highest final accuracy on the task's validation split is chosen; the model is then
-trained with it on the training and validation images and tested once.
+The grid of steps and rates is that of "How to train your ViT?" (Steiner et al. 2021). The pair with the highest final accuracy
+on the task's validation split is chosen; the model is then trained with it on the training and validation images and tested.
 """
 
 import argparse
 import ast
 import csv
+import io
 import itertools
 import re
 import statistics
@@ -134,7 +134,7 @@ def cell(model: str, name: str, steps: int, rate: float, overrides: Sequence[str
 
     config = config_files.read(f"augreg:{model},{name}")
     config.optimizer.learning_rate, config.training.steps = rate, steps
-    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)  # the paper's, or a fifth of a short run
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)  # as configured, or a fifth of a short run
     config.data.validation_split = "own" if search else ""
     for override in overrides:
         _override(config, override)
@@ -257,12 +257,10 @@ def write(
     for file, content in (("table.md", text.encode()), ("index.html", page_html("Models by tasks", body))):
         with whole_file(folder / file) as opened:
             opened.write(content)
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([header, *rows])
     with whole_file(folder / "table.csv") as opened:
-        opened.write(
-            "".join(
-                ",".join(f'"{value}"' if "," in value else value for value in row) + "\n" for row in (header, *rows)
-            ).encode()
-        )
+        opened.write(lines.getvalue().encode())
 
 
 if __name__ == "__main__":

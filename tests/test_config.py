@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax.config import Config, Model, check, difference
+from vit_jax.config import Config, Model, check, difference, with_steps
 from vit_jax.config_files import from_json, read, to_json
 from vit_jax.errors import ConfigError
 
@@ -68,6 +68,8 @@ def put(config, name, value):
         ("optimizer", None, "optimizer must be a vit_jax.config.Optimizer, got None"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be of type float, got nan"),
         ("model.dropout", 1.0, r"model.dropout must be in \[0, 1\)"),
+        ("training.epochs", -0.5, "training.epochs must be from 0 to 1,000,000.0, got -0.5"),
+        ("training.patience", 3, "training.patience = 3 needs data.validation_split"),
         ("training.grad_accum_steps", 3, "training.batch_size = 64 does not divide into training.grad_accum_steps = 3"),
         ("model.checkpoint", "x.npz", "either model.checkpoint .* got 'x.npz' and 'B/16'"),
         ("model.variant", "", "either model.checkpoint .* got '' and ''"),
@@ -93,6 +95,36 @@ def test_check_refuses_huge_numbers_in_every_field(valid, name, value):
     put(valid, name, value)
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         check(valid)
+
+
+@pytest.mark.parametrize(("epochs", "images", "steps"), [(3, 50_000, 2344), (0.5, 100, 1), (1, 64, 1), (1.1, 640, 11)])
+def test_epochs_give_the_number_of_steps(valid, epochs, images, steps):
+    valid.training.epochs, valid.optimizer.warmup_steps = epochs, 0
+    check(valid)
+    found = with_steps(valid, images)
+    assert found.training.steps == steps and found.training.epochs == epochs
+    # A run that wrote its steps out is resumed by the configuration that does not know them yet, but not by other epochs.
+    assert difference(valid, found) == difference(found, valid) == []
+    found.training.epochs += 1
+    assert difference(valid, found) == ["training.epochs"]
+    valid.training.steps, valid.training.epochs = steps, 0
+    assert difference(valid, found) == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "said"),
+    [
+        (1, 4, "optimizer.warmup_steps = 4 must be shorter than the run, training.steps = 4"),
+        (1e6, 0, "training.steps must be from 1"),
+    ],
+)
+def test_epochs_of_an_impossible_length_are_refused(valid, epochs, warmup, said):
+    valid.training.epochs, valid.optimizer.warmup_steps = epochs, warmup
+    images = 250 if epochs == 1 else 10**6
+    with pytest.raises(
+        ConfigError, match=f"training.epochs = {epochs:g} passes over {images:,} images: {said}".replace("+", r"\+")
+    ):
+        with_steps(valid, images)
 
 
 def test_difference_names_what_changes_the_numbers(valid):

@@ -6,6 +6,7 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -72,6 +73,8 @@ class Training:
     """How many steps, how large, and how often to evaluate and save."""
 
     steps: int = 1000  # updates of the parameters
+    epochs: float = 0.0  # if above 0, the number of steps is that of so many passes over the training images
+    patience: int = 0  # evaluations without a better validation accuracy after which training ends; 0: all steps
     batch_size: int = 64  # images per update, over all devices
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
@@ -119,6 +122,8 @@ _INT32 = 2**31 - 1  # a larger number overflows on a device
 _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "data.image_size": (1, 4096),
     "training.steps": (1, 10**8),
+    "training.epochs": (0, 1e6),
+    "training.patience": (0, _INT32),
     "training.batch_size": (1, 2**17),
     "training.grad_accum_steps": (1, 2**17),
     "training.eval_every": (1, _INT32),
@@ -209,7 +214,11 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {config.model.attention_dropout}"
             )
-    if config.optimizer.warmup_steps >= config.training.steps:
+    if config.training.patience and not config.data.validation_split:
+        raise ConfigError(
+            f"training.patience = {config.training.patience} needs data.validation_split: test images must not say when to stop"
+        )
+    if config.optimizer.warmup_steps >= config.training.steps and not config.training.epochs:
         raise ConfigError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be shorter than the run, "
             f"training.steps = {config.training.steps}"
@@ -221,8 +230,32 @@ def check(config: Config) -> None:
         )
 
 
+def with_steps(config: Config, images: int) -> Config:
+    """The configuration with `training.steps` for `training.epochs` passes over so many training images, if it asks for that.
+
+    Raises:
+      ConfigError: if these are too many steps, or fewer than `optimizer.warmup_steps`.
+    """
+    epochs = config.training.epochs
+    if not epochs:
+        return config
+    steps = math.ceil(round(epochs * images, 6) / config.training.batch_size)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps, epochs=0.0))
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"training.epochs = {epochs:g} passes over {images:,} images: {error}") from None
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=epochs))
+
+
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of fields that differ and change the numbers: all but those of `run`. "auto" equals every value."""
+    """Names of fields that differ and change the numbers: all but those of `run`. "auto" equals every value.
+
+    Of `training.steps` and `training.epochs` only the one that says how long `a` is counts.
+    """
+    same = "steps" if a.training.epochs else "epochs" if a.training.steps == b.training.steps else ""
+    if same:
+        a = dataclasses.replace(a, training=dataclasses.replace(a.training, **{same: getattr(b.training, same)}))
     ours, theirs = fields(a), fields(b)
 
     def differs(ours: Any, theirs: Any) -> bool:

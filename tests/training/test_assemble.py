@@ -58,4 +58,4 @@ def test_first_messages_name_model_data_and_devices(config, tmp_path, capsys):
     loop.train(config, tmp_path)
     said = capsys.readouterr().err
     order = [said.index(text) for text in ("loading ", "5,610 parameters", "compiling the training step")]
-    assert order == sorted(order) and "64 training and 50 test images; 8 CPUs" in said
+    assert order == sorted(order) and "64 training and 50 test images; 3 steps of 16; 8 CPUs" in said

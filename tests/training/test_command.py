@@ -40,6 +40,7 @@ def train(argv):
         (["--config.optimizer=sgd"], "there is no field config.optimizer"),
         (["--config.optimizer.warmup_steps=100"], "optimizer.warmup_steps = 100 must be shorter than the run"),
         (["--wordir=x"], "Unknown command line flag 'wordir'"),
+        (["--config.training.epochs=2", "--config.training.steps=9"], "give training.steps or training.epochs, not both"),
         (["--dry_run", "--eval_only"], "--dry_run and --eval_only exclude each other"),
     ],
 )
@@ -119,11 +120,21 @@ def test_report_names_the_split_that_was_evaluated(demo):
     ]
 
 
+def test_report_says_that_patience_ended_the_run(demo):
+    overrides = ["--config.data.validation_split=train[90%:]", "--config.training.patience=3", "--config.training.eval_every=5"]
+    config, _ = command.parse([*demo, *overrides])
+    metrics = {"step": 20, "test/accuracy": 0.5, "best/step": 5, "best/accuracy": 0.625}
+    said = "Training ended, as training.patience asks: no better validation accuracy in 3 evaluations"
+    assert said in command.report(config, metrics)
+    assert said not in command.report(config, metrics | {"best/step": 10})
+
+
 @pytest.mark.parametrize(
     ("override", "kept"),
     [
         ("seed=5", False),
         ("training.steps=90", False),
+        ("training.epochs=2", False),
         ("model.checkpoint=Ti/16", False),
         ("model.checkpoint=/data/mini_8.npz", True),
         ("run.parallel=pmap", True),

@@ -17,7 +17,7 @@ from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.formats.google import read_meta
 from vit_jax.reports.page import write
-from vit_jax.training import devices, loop, restore
+from vit_jax.training import devices, loop, outputs, restore
 from vit_jax.training.assemble import assemble
 from vit_jax.training.command import report
 from vit_jax.training.evaluate import metrics
@@ -100,6 +100,38 @@ def test_validation_split_chooses_the_best_and_the_test_split_is_measured_once(v
     assert loop.train(validated, tmp_path).metrics == result.metrics and (tmp_path / "metrics.jsonl").read_text() == before
     found = loop.evaluate(validated, tmp_path)
     assert {name: result.metrics[name] for name in found} == found and "validation/loss" in found and "test/loss" in found
+
+
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(validated, tmp_path, monkeypatch):
+    validated.optimizer.learning_rate, validated.training.patience = 1e-30, 1  # the first evaluation stays the best
+    result = loop.train(validated, tmp_path / "whole")
+    lines = metrics_file.read(tmp_path / "whole")
+    assert result.finished and result.metrics["step"] == lines[-1]["step"] == 8 and result.metrics["best/step"] == 4
+    assert [line["step"] for line in lines if "test/accuracy" in line] == [8]
+    assert read_meta(tmp_path / "whole" / "final.npz")["step"] == 8
+    page = write(tmp_path / "whole").read_text()
+    assert "</strong> after 8 steps" in page and "12 steps of 16 images; ended by training.patience after 8" in page
+    # Ended after the last state is saved and before the test split is measured; then again when all is done.
+    real = outputs.complete
+    monkeypatch.setattr(outputs, "complete", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.train(validated, tmp_path / "cut")
+    monkeypatch.setattr(outputs, "complete", real)
+    for _ in range(2):
+        assert loop.train(validated, tmp_path / "cut").metrics == result.metrics
+    steps = [line["step"] for line in metrics_file.read(tmp_path / "cut") if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_epochs_are_written_out_as_steps(config, tmp_path):
+    config.training.epochs = 1.5  # of 64 images: 6 steps of 16
+    result = loop.train(config, tmp_path)
+    assert result.metrics["step"] == 6 and json.loads((tmp_path / "config.json").read_text())["training"]["steps"] == 6
+    assert "6 steps of 16 images, 1.5 epochs" in write(tmp_path).read_text()
+    assert loop.train(config, tmp_path).metrics == result.metrics
+    config.training.epochs = 2.0
+    with pytest.raises(ConfigError, match="these fields differ: training.epochs"):
+        loop.train(config, tmp_path)
 
 
 def test_messages_and_page_say_which_split_a_figure_is_of(validated, tmp_path):

@@ -62,7 +62,7 @@ def _results(run: Run) -> Iterator[str]:
     yield format_metric("accuracy", best.get(run.chosen_metric))
     for name in ("test/accuracy_top5", "test/loss"):
         yield format_metric(name, last.get(name))
-    yield (str(steps) if run.finished else f"{run.step}/{steps}") + " diverged" * bool(run.diverged)
+    yield (f"{run.step}" if run.finished else f"{run.step}/{steps}") + " diverged" * bool(run.diverged)
     yield format_speed(run.speed())
 
 

@@ -151,7 +151,7 @@ def _headline(run: Run, last: dict[str, float], best: dict[str, float]) -> str:
         result = f"{label} {accuracy} at step {last['step']:.0f}" if last else "no evaluation yet"
         return f'<p class="headline"><strong>{state}</strong>: {escape(step)}; {escape(result)}{_interval(run, last)}.</p>'
     return (
-        f'<p class="headline">{escape(label[0].upper() + label[1:])} <strong>{accuracy}</strong> after {steps} '
+        f'<p class="headline">{escape(label[0].upper() + label[1:])} <strong>{accuracy}</strong> after {last["step"]:.0f} '
         f"steps{_interval(run, last)}. Best {format_metric('accuracy', best[run.chosen_metric])} after {best['step']:.0f} "
         f"steps, chosen on {escape(run.chosen_name)}{_best_tested(run)}.</p>"
     )
@@ -192,7 +192,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "started from": start,
         **({"parameters": f"{run.num_parameters:,}"} if run.num_parameters else {}),
         "image size": f"{config.data.image_size} px",
-        "length": f"{config.training.steps} steps of {config.training.batch_size} images",
+        "length": _length(run),
         "seed": config.seed,
         **{name: run.environment[name] for name in _START if name in run.environment},
         **({"wall time": f"{format_duration(took)}, with compiling, evaluating and saving"} if took is not None else {}),
@@ -201,6 +201,13 @@ def _facts(run: Run) -> dict[str, Any]:
         else unknown,
         "images/s": f"{format_speed(speed)}, the median of the steps" if speed else unknown,
     }
+
+
+def _length(run: Run) -> str:
+    settings = run.config.training
+    epochs = f", {settings.epochs:g} epochs" if settings.epochs else ""
+    early = f"; ended by training.patience after {run.step}" if run.finished and run.step < settings.steps else ""
+    return f"{settings.steps} steps of {settings.batch_size} images{epochs}{early}"
 
 
 def _versions(run: Run) -> dict[str, str]:

@@ -72,8 +72,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been evaluated."""
-        return bool(self.evaluations) and self.evaluations[-1]["step"] == self.config.training.steps
+        """Whether the last step has been evaluated, or the one at which `training.patience` ended the run."""
+        last, settings = self.evaluations[-1] if self.evaluations else {"step": 0}, self.config.training
+        return last["step"] == settings.steps or bool(settings.patience and "test/accuracy" in last)
 
     @property
     def evaluations(self) -> list[dict[str, float]]:

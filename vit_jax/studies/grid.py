@@ -61,7 +61,8 @@ def result(cell: Cell, folder: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{workdir} holds a run with other values of {', '.join(names)}: name another --output, or remove it")
     if diverged:
         return lines[-1]
-    found = [line for line in lines if line["step"] == cell.config.training.steps and "test/accuracy" in line]
+    settings = saved.training  # with the steps of training.epochs
+    found = [line for line in lines if "test/accuracy" in line and (line["step"] == settings.steps or settings.patience)]
     return found[-1] if found else None
 
 

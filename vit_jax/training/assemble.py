@@ -13,7 +13,7 @@ import optax
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
-from vit_jax.config import AUTO, Config
+from vit_jax.config import AUTO, Config, with_steps
 from vit_jax.data import splits
 from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ConfigError
@@ -77,12 +77,13 @@ class Parts:
 
     def describe(self) -> str:
         """One line about the model, its parameters, the data and the devices."""
-        data, (train, test, validation) = self.config.data, self.sources
+        data, training, (train, test, validation) = self.config.data, self.config.training, self.sources
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         more = f", {len(validation):,} validation" if validation else ""
         return (
             f"{name_of(self.model) or 'a Vision Transformer'} with {count:,} parameters at {data.image_size} px; {data.task}: "
-            f"{len(train):,} training{more} and {len(test):,} test images; {self.layout.describe()}"
+            f"{len(train):,} training{more} and {len(test):,} test images; {training.steps:,} steps of {training.batch_size}; "
+            f"{self.layout.describe()}"
         )
 
 
@@ -96,6 +97,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
     """
     row, data = task(config.data.task), config.data
     sources = splits.open_splits(row, data, config.run.data_dir)
+    config = with_steps(config, len(sources.train))
     warnings = tuple(splits.warnings(row, data, sources, config.training.batch_size))
     for warning in warnings:
         _log.warning("*** warning: %s ***", warning)

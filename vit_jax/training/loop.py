@@ -50,7 +50,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
         batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, parts.config.seed, start)
         with journal.Journal(workdir, start, settings.steps) as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start)
-            for step in range(start + 1, settings.steps + 1):
+            for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)
                 if before := meter.dispatched(step, metrics):
                     log.write(*before)
@@ -60,18 +60,17 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                     continue
                 line = meter.read()
                 if last or evaluates:
-                    line |= outputs.evaluate(parts, state.params, step, workdir)
-                    saver.update_best(step, line[f"{parts.chosen_on}/accuracy"], state.params)
+                    line |= outputs.evaluate(parts, state.params, step, saver)
                 log.write(step, line)
-                stop = guard.stop  # read once: what ends the run is also what saves it
-                if last or saves or stop:
+                stop = guard.stop or saver.finished(step)  # read once: what ends the run is also what saves it
+                if saves or stop:
                     log.flush()
                     saver.save(layout.gather(state))
                 if stop:
                     break
                 meter.restart()
-            found = outputs.complete(parts, state.params, saver, step, workdir, log)
-        state, finished = layout.gather(state), step == settings.steps
+            found = outputs.complete(parts, state.params, saver, step, log)
+        state, finished = layout.gather(state), saver.finished(step)
         if finished:
             saver.export(state, found["test/accuracy"])
         best = {f"best/{name}": value for name, value in (saver.best or {}).items()}

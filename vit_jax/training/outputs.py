@@ -1,6 +1,5 @@
 """Test metrics and predictions of a run. A finished run checks them, and writes those that are missing or damaged."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,26 +17,31 @@ PREDICTIONS = "predictions.npz"
 _BEST = "best/test_accuracy"
 
 
-def evaluate(parts: Parts, params: Any, step: int, workdir: Path | None = None) -> dict[str, float]:
+def evaluate(parts: Parts, params: Any, step: int, saver: Saver | None = None) -> dict[str, float]:
     """Metrics of parameters on the devices, under their names in metrics.jsonl.
 
     A run with a validation split measures that, and the test split only at its last step. The logits and labels of the test
-    split are then written to `workdir`. Without `workdir`, every split is measured. Raises guard.Diverged if a loss is not
-    finite.
+    split are then written to its folder, and `saver` keeps the best parameters. Without `saver`, every split is measured.
+    Raises guard.Diverged if a loss of a run is not finite.
     """
-    last, found = step == parts.config.training.steps, {}
+    found: dict[str, float] = {}
     if parts.validation_feed:
         found = _measure(parts, params, "validation", parts.validation_feed)[0]
-    if last or not (workdir and found):
+        _keep_best(parts, params, step, saver, found)
+    if saver is None or saver.finished(step) or not found:
         tested, logits, labels = _measure(parts, params, "test", parts.test_feed)
         found |= tested
-        if workdir and last:
-            Guard.check(step, found)
-            with whole_file(workdir / PREDICTIONS) as file:
+        _keep_best(parts, params, step, saver, found)
+        if saver and saver.finished(step):
+            with whole_file(saver.workdir / PREDICTIONS) as file:
                 np.savez(file, logits=logits, labels=labels)
-    if workdir:
-        Guard.check(step, found)
     return found
+
+
+def _keep_best(parts: Parts, params: Any, step: int, saver: Saver | None, found: dict[str, float]) -> None:
+    if saver:
+        Guard.check(step, found)
+        saver.update_best(step, found[f"{parts.chosen_on}/accuracy"], params)
 
 
 def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
@@ -46,30 +50,30 @@ def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[st
     return {f"{split}/{name}": value for name, value in metrics(logits, labels).items()}, logits, labels
 
 
-def complete(parts: Parts, params: Any, saver: Saver, step: int, workdir: Path, log: journal.Journal) -> dict[str, float]:
+def complete(parts: Parts, params: Any, saver: Saver, step: int, log: journal.Journal) -> dict[str, float]:
     """The metrics of the last evaluation of a run that is at `step`.
 
     A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation. With a
     validation split, they include the test accuracy of the best parameters.
     """
-    lines = [line for line in read(workdir) if f"{parts.chosen_on}/accuracy" in line]
+    lines = [line for line in read(saver.workdir) if f"{parts.chosen_on}/accuracy" in line]
     found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
-    if step < parts.config.training.steps:
+    if not saver.finished(step):
         return found
     has_line = found.get("step") == step
-    if not (has_line and has_predictions(workdir / PREDICTIONS, parts.sources.test)):
-        found = {"step": step, **evaluate(parts, params, step, workdir)}
+    if not (has_line and has_predictions(saver.workdir / PREDICTIONS, parts.sources.test)):
+        found = {"step": step, **evaluate(parts, params, step, saver)}
         if not has_line:
             log.write(step, {name: value for name, value in found.items() if name != "step"})
-    return found | _test_best(parts, saver, found, workdir, log)
+    return found | _test_best(parts, saver, found, log)
 
 
-def _test_best(parts: Parts, saver: Saver, last: dict[str, float], workdir: Path, log: journal.Journal) -> dict[str, float]:
+def _test_best(parts: Parts, saver: Saver, last: dict[str, float], log: journal.Journal) -> dict[str, float]:
     """The test accuracy of the parameters that the validation split chose, measured once, when the run is finished."""
     if not parts.validation_feed or saver.best is None:
         return {}
     step = int(last["step"])
-    for line in read(workdir):
+    for line in read(saver.workdir):
         if _BEST in line:
             return {_BEST: line[_BEST]}
     if saver.best["step"] == step:

@@ -113,9 +113,10 @@ def preview(config: Config) -> str:
     that of a training step; the test split and the best parameters come on top.
     """
     check(config)
-    layout, settings = devices.start(config.run), config.training
-    layout.check(settings.batch_size, settings.grad_accum_steps)
+    layout = devices.start(config.run)
+    layout.check(config.training.batch_size, config.training.grad_accum_steps)
     parts = assemble(without_download(config), layout)
+    settings = parts.config.training  # with the steps of training.epochs
     memory, step, evaluation = _measure(config, parts)
     evaluations = -(-settings.steps // settings.eval_every)
     training, evaluating = settings.steps * step, evaluations * evaluation

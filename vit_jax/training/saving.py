@@ -41,6 +41,7 @@ class Saver:
     """Keeps the two newest states of a run and the best parameters; writes best.npz and final.npz.
 
     Attributes:
+      workdir: the run's folder.
       best: {"step", "accuracy"} of the best evaluation so far, or None.
       best_params: its parameters, which stay in memory between saves.
     """
@@ -53,7 +54,7 @@ class Saver:
           meta: the content of the JSON next to each npz; step and accuracy are added.
           config: the run's configuration, which is saved in every state.
         """
-        self._workdir, self._meta, self._config = workdir, meta, config
+        self.workdir, self._meta, self._config = workdir, meta, config
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
@@ -96,6 +97,15 @@ class Saver:
             # A copy on the devices, because the next step reuses the original's memory; the next save brings it to the host.
             self.best, self.best_params = {"step": step, "accuracy": accuracy}, _copy(params)
 
+    def finished(self, step: int) -> bool:
+        """Whether training ends at a step: the last one, or the evaluation at which `training.patience` is exhausted."""
+        settings = self._config.training
+        if step == settings.steps:
+            return True
+        if not settings.patience or self.best is None or step % settings.eval_every:
+            return False
+        return step - self.best["step"] >= settings.patience * settings.eval_every
+
     def save(self, state: TrainState) -> None:
         """Begins to save a state that is on the host, and writes best.npz if it is new; returns before the state is durable."""
         import orbax.checkpoint as ocp
@@ -121,7 +131,7 @@ class Saver:
         if isinstance(error, TrainingError):
             return error
         return TrainingError(
-            f"saving in {self._workdir} failed ({reason(error, 300)}). Earlier states are unchanged; free some space "
+            f"saving in {self.workdir} failed ({reason(error, 300)}). Earlier states are unchanged; free some space "
             "and give the same command again to continue"
         )
 
@@ -132,7 +142,7 @@ class Saver:
 
     def _write(self, name: str, params: Any, of: dict[str, Any], may_be_there: bool) -> None:
         """Writes weights with their JSON, unless an earlier start has left both whole; reports what is damaged."""
-        path, meta = self._workdir / name, {**self._meta, **of}
+        path, meta = self.workdir / name, {**self._meta, **of}
         if may_be_there and self._is_whole(path, params, meta):
             return
         if path.is_dir():

@@ -24,7 +24,7 @@ test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m "not slow"
 
 test-full: tools  ## all tests, optimised, with samples in full size: damaged files, kills, seeds
-	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 $(RUN) $(PYTEST)
+	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 $(RUN) $(PYTEST)
 
 LOWEST := .venv-lowest/bin/python
 test-lowest: .venv-lowest/.tools  ## all tests but the demo's with the lowest versions of the requirements, on Python 3.11

@@ -87,6 +87,7 @@ class Run:
 
     data_dir: str = ""  # where TFDS keeps prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     device_budget_mib: int = 4096  # a split of at most this size is kept on every device as uint8; a larger one is streamed
+    data_workers: int = -1  # processes that read streamed images; -1: one for each CPU core, 16 at most; 0: the run's own
     eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
@@ -130,6 +131,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "training.save_every": (1, _INT32),
     "run.eval_batch_size": (1, 2**17),
     "run.device_budget_mib": (0, _INT32),
+    "run.data_workers": (-1, 1024),
     "optimizer.warmup_steps": (0, _INT32),
     "optimizer.learning_rate": (1e-30, 1e6),
     "optimizer.weight_decay": (0, 1e6),

@@ -50,7 +50,7 @@ class Images:
     def take(self, index):
         return self.images[index], self.labels[index]
 
-    def read(self, index):
+    def read(self, index, parallel=True):
         return *self.take(index), None
 
 

@@ -4,6 +4,8 @@ The order of an epoch is a function of (seed, epoch), and a batch is a function 
 anywhere sees what the uninterrupted run sees.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,40 +21,39 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def train(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Returns the endless batches from step `start` on: the orders of the epochs, one after the other, cut into batches.
+    """Returns the endless batches from step `start` on; arguments, results and errors as of `train_batch`."""
+    _check(n, size, start)
+    return (train_batch(n, size, seed, step) for step in itertools.count(start))
+
+
+def train_batch(n: int, size: int, seed: int, step: int) -> np.ndarray:
+    """Returns the batch of a step: the orders of the epochs, one after the other, are cut into batches.
 
     Args:
       n: number of examples.
       size: examples in a batch; may be larger than `n`.
       seed: not negative.
-      start: the step of the first batch, counted from 0; a late step costs no more than an early one.
+      step: counted from 0; a late step costs no more than an early one.
 
     Returns:
-      An iterator over indices, int32 [size], each array a new one.
+      Indices, int32 [size], in a new array.
 
     Raises:
-      DataError: if `n` or `size` is less than 1, or `start` is negative.
+      DataError: if `n` or `size` is less than 1, or `step` is negative.
     """
-    _check(n, size)
-    if start < 0:
-        raise DataError(f"batches from step {start}: expected a step from 0 on")
-    return _train(n, size, seed, start * size)
+    _check(n, size, step)
+    batch, filled = np.empty(size, np.int32), 0
+    while filled < size:
+        epoch, offset = divmod(step * size + filled, n)
+        piece = _kept_order(n, seed, epoch)[offset : offset + size - filled]
+        batch[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return batch
 
 
-def _train(n: int, size: int, seed: int, position: int) -> Iterator[np.ndarray]:
-    epoch, current = -1, np.empty(0, np.int32)  # kept between batches: sorting an epoch costs milliseconds
-    while True:
-        batch = np.empty(size, np.int32)
-        filled = 0
-        while filled < size:
-            wanted, offset = divmod(position + filled, n)
-            if wanted != epoch:
-                epoch, current = wanted, order(n, seed, wanted).astype(np.int32)
-            piece = current[offset : offset + size - filled]
-            batch[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        yield batch
-        position += size
+@functools.lru_cache(maxsize=2)  # sorting an epoch costs milliseconds
+def _kept_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return order(n, seed, epoch).astype(np.int32)
 
 
 def evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -70,16 +71,18 @@ def evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
       DataError: if `n` or `size` is less than 1.
     """
     _check(n, size)
-    return _evaluation(n, size)
+    return (evaluation_batch(n, size, number) for number in range(-(-n // size)))
 
 
-def _evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for first in range(0, n, size):
-        index = np.arange(first, first + size, dtype=np.int32)
-        mask = index < n
-        yield np.where(mask, index, np.int32(0)), mask
+def evaluation_batch(n: int, size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one of the batches of `evaluation`, counted from 0."""
+    index = np.arange(number * size, (number + 1) * size, dtype=np.int32)
+    mask = index < n
+    return np.where(mask, index, np.int32(0)), mask
 
 
-def _check(n: int, size: int) -> None:
+def _check(n: int, size: int, step: int = 0) -> None:
     if n < 1 or size < 1:
         raise DataError(f"batches of {size} from {n} examples: expected at least one of each")
+    if step < 0:
+        raise DataError(f"batches from step {step}: expected a step from 0 on")

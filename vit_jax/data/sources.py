@@ -80,8 +80,10 @@ class Source:
         images, labels, _ = self.read(index)
         return images, labels
 
-    def read(self, index: np.ndarray) -> Examples:
+    def read(self, index: np.ndarray, parallel: bool = True) -> Examples:
         """Reads the examples at `index`, integers [n] in [0, len), in that order; an index may occur several times.
+
+        With `parallel`, several threads decode images that are resized.
 
         Returns:
           New arrays: images uint8 [n, height, width, 3], labels int32 [n] and, if images are resized, their heights and
@@ -100,7 +102,7 @@ class Source:
         images = np.empty((len(index), *self.image_shape), np.uint8)
         labels, sizes = np.empty(len(index), np.int32), np.empty((len(index), 2), np.int32)
         # Pillow works outside Python's lock; threads gain nothing for images of a few kilobytes.
-        apply = _threads().map if self.resized else map
+        apply = _threads().map if self.resized and parallel else map
         decode = functools.partial(self._decode, shape=self.image_shape)
         for first in range(0, len(index), _BATCH):
             keys = index[first : first + _BATCH].tolist()
@@ -139,8 +141,8 @@ def shared_examples(a: Source, b: Source) -> int:
 def stored_shape(sizes: np.ndarray | None, image_size: int) -> tuple[int, int, int]:
     """The shape in which all images of a data set are held, for a model with images of `image_size` pixels.
 
-    Images of one size, at most twice the model's, are held as they are; others as squares of twice the model's size, or of
-    the longest side of all images if that is shorter.
+    Images of one size are held as they are, if they have no more pixels than a square of twice the model's size; others are
+    held as such squares, or as squares of the longest side of all images if that is shorter.
 
     Args:
       sizes: heights and widths of all images, integers [n, 2]; None: not known.
@@ -148,10 +150,10 @@ def stored_shape(sizes: np.ndarray | None, image_size: int) -> tuple[int, int, i
     """
     side = 2 * image_size
     if sizes is not None:
-        longest = int(sizes.max())
-        if longest <= side and (sizes == sizes[0]).all():
-            return int(sizes[0, 0]), int(sizes[0, 1]), 3
-        side = min(longest, side)
+        height, width = map(int, sizes[0])
+        if height * width <= side**2 and (sizes == sizes[0]).all():
+            return height, width, 3
+        side = min(int(sizes.max()), side)
     return side, side, 3
 
 

@@ -15,6 +15,7 @@ from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
 from vit_jax.config import AUTO, Config, with_steps
 from vit_jax.data import splits
+from vit_jax.data.sources import Source
 from vit_jax.data.tasks import task
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.files import sha256
@@ -49,18 +50,20 @@ class Parts:
     @functools.cached_property
     def train_feed(self) -> Feed:
         """The training split; read when it is first used."""
-        return Feed(self.sources.train, self.layout, self.config.run.device_budget_mib * 2**20)
+        return self._feed(self.sources.train)
 
     @functools.cached_property
     def test_feed(self) -> Feed:
         """The test split, likewise."""
-        return Feed(self.sources.test, self.layout, self.config.run.device_budget_mib * 2**20)
+        return self._feed(self.sources.test)
 
     @functools.cached_property
     def validation_feed(self) -> Feed | None:
         """The validation split, likewise; None if the run has none."""
-        source = self.sources.validation
-        return Feed(source, self.layout, self.config.run.device_budget_mib * 2**20) if source else None
+        return self._feed(self.sources.validation) if self.sources.validation else None
+
+    def _feed(self, source: Source) -> Feed:
+        return Feed(source, self.layout, self.config.run.device_budget_mib * 2**20, self.config.run.data_workers)
 
     @property
     def chosen_on(self) -> str:

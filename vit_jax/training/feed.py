@@ -1,13 +1,13 @@
 """From a data set on the host to batches on the devices."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from vit_jax.data import batches
+from vit_jax.data import batches, stream
 from vit_jax.data.sources import Source
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import Batch
@@ -18,11 +18,11 @@ class Feed:
 
     Resident, if the split's images take at most `budget` bytes: they lie on every device as uint8 (`data`, an argument of
     the step, never a constant of the program), and a batch is the indices of its images. Otherwise streamed: `data` is
-    None, and images are read while the device works on the batch before.
+    None, and images are read while the device works on the batches before, by `workers` processes; 0: by this one.
     """
 
-    def __init__(self, source: Source, layout: Layout, budget: int):
-        self.source, self.layout, self.data = source, layout, None
+    def __init__(self, source: Source, layout: Layout, budget: int, workers: int = 0):
+        self.source, self.layout, self.data, self._workers = source, layout, None, stream.number_of_workers(workers)
         if source.nbytes <= budget:
             images, self._labels, sizes = source.read(np.arange(len(source)))
             self.data = layout.put({"images": images, "labels": self._labels} | ({} if sizes is None else {"sizes": sizes}))
@@ -37,7 +37,8 @@ class Feed:
             return leaf.reshape(microbatches, size // microbatches, *leaf.shape[1:])
 
         example_index = np.arange(size, dtype=np.int32)
-        for batch, _, _ in self._batches((index, None) for index in batches.train(len(self), size, seed, start)):
+        indices = functools.partial(batches.train_batch, len(self), size, seed)
+        for batch, _ in self._batches(indices, start, None):
             batch = batch._replace(example_index=example_index)
             yield self.layout.put_batch(jax.tree.map(split, batch), axis=1)
 
@@ -46,22 +47,19 @@ class Feed:
 
         The mask is False for the padding of the last batch.
         """
-        for batch, labels, mask in self._batches(batches.evaluation(len(self), size)):
-            yield self.layout.put_batch(batch), labels, mask
+        batch_at = functools.partial(batches.evaluation_batch, len(self), size)
+        found = self._batches(lambda number: batch_at(number)[0], 0, -(-len(self) // size))
+        for number, (batch, labels) in enumerate(found):
+            yield self.layout.put_batch(batch), labels, batch_at(number)[1]
 
-    def _batches(self, indices: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[Batch, np.ndarray, Any]]:
-        """Batches on the host, their labels, and the second element that came with their indices."""
-        if self.data is not None:
-            yield from ((Batch(index=index), self._labels[index], other) for index, other in indices)
+    def _batches(
+        self, indices: Callable[[int], np.ndarray], first: int, count: int | None
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Batches on the host and their labels: `count` of them from number `first` on."""
+        if self.data is None:
+            for images, labels, sizes in stream.read(self.source, indices, self._workers, first, count):
+                yield Batch(images=images, labels=labels, sizes=sizes), labels
             return
-
-        def read(item):
-            images, labels, sizes = self.source.read(item[0])
-            return Batch(images=images, labels=labels, sizes=sizes), labels, item[1]
-
-        with ThreadPoolExecutor(1, "feed") as pool:
-            ahead = pool.submit(read, next(indices))
-            for item in indices:
-                ready, ahead = ahead, pool.submit(read, item)
-                yield ready.result()
-            yield ahead.result()
+        for number in itertools.count(first) if count is None else range(first, first + count):
+            index = indices(number)
+            yield Batch(index=index), self._labels[index]

@@ -54,7 +54,7 @@ def _read_here(source: Source, indices: Callable[[int], np.ndarray], numbers: It
     with ThreadPoolExecutor(1, "feed") as pool:
         ahead = None
         for number in numbers:
-            ready, ahead = ahead, pool.submit(lambda number=number: source.read(indices(number)))
+            ready, ahead = ahead, pool.submit(source.read, indices(number))
             if ready:
                 yield ready.result()
         if ahead:

@@ -45,6 +45,11 @@ def put(config, name, value):
         ("augment.crop_area", (0.9, 0.1), "0 < least <= largest <= 1"),
         ("augment.crop_area", (0.0, 1.0), "0 < least <= largest <= 1"),
         (
+            "augment.eval_crop",
+            "centre",
+            "augment.eval_crop must be one of 'none', 'center', got 'centre'",
+        ),
+        (
             "augment.crop",
             "centre",
             "augment.crop must be one of 'torchvision', 'tensorflow', 'resize_crop', 'none', got 'centre'",

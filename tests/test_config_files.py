@@ -124,7 +124,7 @@ def test_cifar100_b16_has_the_settings_of_the_report():
     config = read(str(ROOT / "configs" / "cifar100_b16.py"))
     assert (config.model.dropout, config.model.attention_dropout) == (0.1, 0.0)
     assert (config.data.task, config.data.image_size, config.data.normalization) == ("cifar100", 224, "dataset")
-    assert dataclasses.astuple(config.augment) == ("torchvision", (0.05, 1.0), False)
+    assert dataclasses.astuple(config.augment) == ("torchvision", (0.05, 1.0), False, "none")
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps, optimizer.decay) == ("sgd", 0.03, 100, "cosine")
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.0, 1.0)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a file may import its own floor and those below.
 FLOORS = (
     {"errors", "files", "config", "config_files", "metrics", "models"},
-    {"transfer", "fetch", "images", "cli", "runtime", "transforms", "formats"},
+    {"transfer", "fetch", "images", "cli", "runtime", "resampling", "transforms", "formats"},
     {"data", "interop"},
     {"checkpoints"},
     {"training", "reports"},

@@ -20,9 +20,7 @@ AUTO = "auto"  # of a field that a run resolves when it begins, and writes out t
 class Model:
     """What is trained."""
 
-    checkpoint: str = (
-        ""  # weights to start from: a published name, a file (npz, safetensors) or a run's folder; "": random weights
-    )
+    checkpoint: str = ""  # to start from: a published name, a file (npz, safetensors) or a run's folder; "": random weights
     variant: str = ""  # without a checkpoint, a row of vit_jax.models.variants.VARIANTS, such as "B/16"
     keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
@@ -46,11 +44,12 @@ class Data:
 
 @dataclasses.dataclass(slots=True)
 class Augment:
-    """What happens to a training image before it is resized to the model's size."""
+    """What happens to an image before it is resized to the model's size."""
 
     crop: str = "torchvision"  # distribution of torchvision or TensorFlow; "resize_crop": at 7/6 of the size; or no crop
     crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest fraction of the image's area
     flip: bool = True  # mirror half of the images left to right
+    eval_crop: str = "none"  # of evaluation: the whole image, or "center": its central square, 7/8 of the shorter side
 
 
 @dataclasses.dataclass(slots=True)
@@ -114,6 +113,7 @@ CHOICES = {
     "data.normalization": ("google", "dataset"),
     "data.on_error": ("raise", "skip"),
     "augment.crop": ("torchvision", "tensorflow", "resize_crop", "none"),
+    "augment.eval_crop": ("none", "center"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.decay": ("cosine", "linear"),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
@@ -212,14 +212,10 @@ def check(config: Config) -> None:
     if config.model.attention == "cudnn":
         if config.model.dtype == "float32":
             raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")
-        if config.model.attention_dropout:
-            raise ConfigError(
-                f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {config.model.attention_dropout}"
-            )
-    if config.training.patience and not config.data.validation_split:
-        raise ConfigError(
-            f"training.patience = {config.training.patience} needs data.validation_split: test images must not say when to stop"
-        )
+        if dropout := config.model.attention_dropout:
+            raise ConfigError(f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {dropout}")
+    if (patience := config.training.patience) and not config.data.validation_split:
+        raise ConfigError(f"training.patience = {patience} needs data.validation_split: test images must not say when to stop")
     if config.optimizer.warmup_steps >= config.training.steps and not config.training.epochs:
         raise ConfigError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be shorter than the run, "

@@ -1,8 +1,8 @@
 """Images from any source as a model sees them: read, oriented, in RGB, of the model's size. On the host, in threads.
 
-An image is resized to the model's size without antialiasing, as in evaluation. If a side is four times as long as the model's
-or more, that would pick a few of its pixels and show noise. So blocks of pixels are averaged first, until the side is two to
-three times as long.
+An image is resized to the model's size without antialiasing, or its central part is with antialiasing, as in the evaluation
+of the model's run. If a side is four times as long as the model's or more, the first would pick a few of its pixels and show
+noise. So blocks of pixels are averaged first, until the side is two to three times as long.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vit_jax.errors import ImageError, reason, root_cause
 from vit_jax.fetch import Refused
 from vit_jax.fetch import read as download
+from vit_jax.resampling import center_crop, resize
 
 # A path or an http(s) address, the bytes of a file, a function that returns them, an image, or uint8 pixels.
 Source = str | os.PathLike | bytes | Callable[[], bytes] | Image.Image | np.ndarray
@@ -57,13 +58,14 @@ def other_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield from (Path(root, name) for name in files if not name.lower().endswith(SUFFIXES) and not name.startswith("."))
 
 
-def read_image(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
+def read_image(source: Source, size: tuple[int, int], name: str, crop: str = "none") -> np.ndarray:
     """Returns an image as a model of a size sees it.
 
     Args:
       source: the image.
       size: (height, width) of the model's images.
       name: what errors call the image.
+      crop: "none", or "center"; see `config.Augment.eval_crop`.
 
     Returns:
       float32 [height, width, 3] in [0, 255].
@@ -71,32 +73,12 @@ def read_image(source: Source, size: tuple[int, int], name: str) -> np.ndarray:
     Raises:
       ImageError: if the image cannot be read.
     """
+    if crop == "center":
+        return center_crop(open_image(source, size, name, keep_aspect=True), size)
     return resize(np.asarray(open_image(source, size, name)), size)
 
 
-def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes one image as `transforms.geometry.resize` does, up to rounding: uint8 [H, W, 3] → float32 [height, width, 3].
-
-    On the host because images have all sizes, and a device would need a program for each of them.
-    """
-    (top, top_weight), (bottom, bottom_weight) = _neighbours(pixels.shape[0], size[0])
-    rows = pixels[top] * top_weight[:, None, None] + pixels[bottom] * bottom_weight[:, None, None]
-    (left, left_weight), (right, right_weight) = _neighbours(pixels.shape[1], size[1])
-    return rows[:, left] * left_weight[None, :, None] + rows[:, right] * right_weight[None, :, None]
-
-
-def _neighbours(length: int, out: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The two pixels of `length`, and their float32 weights, that each of `out` pixels is the sum of.
-
-    Positions are float64, as those of `transforms.geometry` on the host.
-    """
-    position = np.clip((np.arange(out) + 0.5) * (length / out) - 0.5, 0, length - 1)
-    first = np.floor(position)
-    index, weight = first.astype(np.int64), position - first
-    return (index, (1 - weight).astype(np.float32)), (np.minimum(index + 1, length - 1), weight.astype(np.float32))
-
-
-def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
+def open_image(source: Source, size: tuple[int, int], name: str, keep_aspect: bool = False) -> Image.Image:
     """Returns an image in RGB, rotated as its EXIF data say; sides of four times `size` or more are reduced.
 
     Transparent pixels are laid on white. Grey, palette and CMYK images become RGB; of 16 bits the higher 8 are taken; of an
@@ -106,6 +88,7 @@ def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
       source: the image.
       size: (height, width) of the model's images.
       name: what errors call the image.
+      keep_aspect: whether both sides are reduced by the factor of the shorter one.
 
     Raises:
       ImageError: if the image cannot be read or has more than PIL.Image.MAX_IMAGE_PIXELS pixels (89 million by default).
@@ -115,10 +98,10 @@ def open_image(source: Source, size: tuple[int, int], name: str) -> Image.Image:
             with _pil_lock:
                 source.load()
                 source = _oriented(source)
-            return _to_rgb(source, size, name)
+            return _to_rgb(source, size, name, keep_aspect)
         if isinstance(source, np.ndarray):
-            return _to_rgb(_from_array(source, name), size, name)
-        return _open_file(source, size, name)
+            return _to_rgb(_from_array(source, name), size, name, keep_aspect)
+        return _open_file(source, size, name, keep_aspect)
     except ImageError:
         raise
     except FileNotFoundError:
@@ -174,7 +157,7 @@ def fetch(address: str) -> bytes:
     return content
 
 
-def _open_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
+def _open_file(source: Any, size: tuple[int, int], name: str, keep_aspect: bool) -> Image.Image:
     if is_address(source):
         source = fetch(source)
     elif callable(source):
@@ -189,8 +172,8 @@ def _open_file(source: Any, size: tuple[int, int], name: str) -> Image.Image:
     formats = _formats()
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     if _is_decoded_when_opened(source):
-        return _large_images.submit(_decode, file, formats, size, name).result()
-    return _decode(file, formats, size, name, move_large=True)
+        return _large_images.submit(_decode, file, formats, size, name, keep_aspect).result()
+    return _decode(file, formats, size, name, keep_aspect, move_large=True)
 
 
 def _formats() -> list[str]:
@@ -199,7 +182,7 @@ def _formats() -> list[str]:
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
-def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, move_large: bool = False) -> Image.Image:
+def _decode(file, formats: list[str], size: tuple[int, int], name: str, keep_aspect: bool, move_large=False) -> Image.Image:
     """Reads an image file as RGB; with `move_large`, the thread for large images decodes it if it is large."""
     with Image.open(file, formats=formats) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -207,8 +190,8 @@ def _decode(file: Any, formats: list[str], size: tuple[int, int], name: str, mov
         # A JPEG is decoded at a half, a quarter or an eighth, which is faster and needs less memory; never below 2 · size.
         image.draft(None, (2 * max(size), 2 * max(size)))
         if move_large and image.width * image.height > _LARGE:
-            return _large_images.submit(_to_rgb, image, size, name).result()
-        return _to_rgb(image, size, name)
+            return _large_images.submit(_to_rgb, image, size, name, keep_aspect).result()
+        return _to_rgb(image, size, name, keep_aspect)
 
 
 def _is_decoded_when_opened(source: Any) -> bool:
@@ -234,7 +217,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, size: tuple[int, int], name: str, keep_aspect: bool) -> Image.Image:
     """Decodes an image and returns it oriented, reduced and in RGB."""
     image.load()
     image = _oriented(image)
@@ -244,6 +227,8 @@ def _to_rgb(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image
     if image.mode != (mode := "RGBA" if transparent else "RGB"):
         image = image.convert(mode)
     factors = max(1, image.width // (2 * size[1])), max(1, image.height // (2 * size[0]))
+    if keep_aspect:
+        factors = (min(factors), min(factors))
     if factors != (1, 1):
         image = image.reduce(factors)
     if transparent:

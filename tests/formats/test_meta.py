@@ -8,7 +8,7 @@ import pytest
 from vit_jax.checkpoints.inspection import inspect
 from vit_jax.errors import CheckpointError
 from vit_jax.formats.google import read_meta, save_npz
-from vit_jax.formats.meta import class_names, image_size, statistics
+from vit_jax.formats.meta import class_names, eval_crop, image_size, statistics
 
 GOOD = [0.5, 0.5, 0.5]
 
@@ -62,6 +62,17 @@ def test_image_size_that_the_positions_contradict_is_one_error_line(size):
 def test_image_size_that_the_positions_have_is_accepted():
     assert image_size({"image_size": 32}, 8, 16) == image_size({"image_size": [32, 32]}, 8, 16) == (32, 32)
     assert image_size({"image_size": (16, 64)}, 8, 16) == (16, 64) and image_size({}, 8, 16) == (32, 32)
+
+
+def test_eval_crop_is_known_or_missing():
+    assert [eval_crop(meta) for meta in ({}, {"eval_crop": "none"}, {"eval_crop": "center"})] == ["none", "none", "center"]
+
+
+@pytest.mark.parametrize("crop", ["centre", "", 0.875, True, False, ["center"], {"center": 1}, 10**400, "\n" * 500])
+def test_unknown_eval_crop_is_one_error_line(crop):
+    with pytest.raises(CheckpointError, match="eval_crop in the JSON .* is .*; it should be one of 'none', 'center'") as error:
+        eval_crop({"eval_crop": crop})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_class_name_with_half_a_character_can_be_printed_and_written():

@@ -83,6 +83,7 @@ TIMM = {"architecture": "vit_tiny_patch16_224"}
     [
         ({}, {}, {}),
         ({"image_size": 64}, {}, {"image_size": 64}),
+        ({"eval_crop": "center"}, {}, {"eval_crop": "center"}),
         ({"image_size": [32, 64]}, {"image_mean": 0.2}, {"image_size": [32, 64], "normalization": ([0.2] * 3, [0.5] * 3)}),
         ({}, {"do_normalize": False, "image_mean": [0.2] * 3}, {"normalization": ([0] * 3, [1] * 3)}),
         ({"id2label": {"1": "b", "0": "a"}}, {}, {"class_names": ["a", "b"]}),
@@ -92,6 +93,9 @@ TIMM = {"architecture": "vit_tiny_patch16_224"}
          {"normalization": ([0.1] * 3, [0.2] * 3), "image_size": 32}),
         ({"model_args": {"img_size": [16, 64]}, "pretrained_cfg": {"input_size": [3, 32, 32]} | HALF},
          {}, {"image_size": [16, 64], "normalization": ([0.5] * 3, [0.5] * 3)}),
+        # of timm's copies of Google's models, which were evaluated without a crop
+        (TIMM | {"pretrained_cfg": {"crop_pct": 0.875, "crop_mode": "center"} | HALF},
+         {}, {"normalization": ([0.5] * 3, [0.5] * 3)}),
     ],
 )  # fmt: skip
 def test_description_of_the_weights_is_what_the_maker_uses(config, processor, expected):

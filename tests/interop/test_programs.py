@@ -4,6 +4,7 @@ import pytest
 
 from vit_jax.errors import CheckpointError
 from vit_jax.interop.onnx import save_onnx
+from vit_jax.interop.programs import describe
 from vit_jax.interop.stablehlo import save_stablehlo
 
 
@@ -15,6 +16,7 @@ from vit_jax.interop.stablehlo import save_stablehlo
         ({"image_size": 24}, "image_size is 24 in .*, but their 4 positions are for 16×16 pixels"),
         ({"image_size": [8, 31]}, r"image_size is \[8, 31\] in .*, but their 4 positions are for 16×16 pixels"),
         ({"image_size": "16"}, "image_size is 16 in .*, but their 4 positions"),
+        ({"eval_crop": "left"}, "eval_crop in .* is 'left'; it should be one of 'none', 'center'"),
         ({"normalization": {"mean": [0.5] * 3}}, "should hold a mean and a std of three numbers each"),
         ({"normalization": {"mean": 0.5, "std": 0.5}}, "should hold a mean and a std of three numbers each"),
         ({"normalization": {"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}}, "should hold a mean and a std of three numbers"),
@@ -29,6 +31,13 @@ def test_description_that_contradicts_the_model_is_refused(save, meta, expected,
     with pytest.raises(CheckpointError, match=f"x.npz: the name of .* file must end in {path.suffix}"):
         save(tmp_path / "x.npz", model, params)
     assert not any(tmp_path.iterdir())
+
+
+def test_description_says_how_images_are_resized(made):
+    model, params, meta, _, _ = made("mean of tokens")
+    assert "no antialiasing, straight to image_size" in describe(None, model, params, meta)["resize"]
+    about = describe(None, model, params, meta | {"eval_crop": "center"})
+    assert "antialiasing: the central part" in about["resize"] and about["eval_crop"] == "center"
 
 
 def test_positions_without_a_square_need_an_image_size(made, tmp_path):

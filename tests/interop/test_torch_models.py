@@ -7,6 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import CheckpointError
+from vit_jax.formats.torch_files import read_config
 from vit_jax.interop import torch_models
 from vit_jax.interop.torch_models import save_huggingface, save_timm, to_huggingface, to_timm
 from vit_jax.models.variants import build, shapes
@@ -81,6 +82,19 @@ def test_description_is_in_the_configuration(trees, tmp_path):
     assert preprocessor["size"] == {"height": 16, "width": 64} and preprocessor["resample"] == 2
 
 
+def test_evaluation_crop_is_in_the_configuration(trees, tmp_path, caplog):
+    for crop, expected in (("center", (0.875, "center")), ("none", (1.0, "squash"))):
+        config = to_timm(trees["plain"], META | {"eval_crop": crop})[1]
+        assert (config["pretrained_cfg"]["crop_pct"], config["pretrained_cfg"]["crop_mode"]) == expected
+    assert not caplog.records
+    for save in (save_timm, save_huggingface):
+        for crop in ("none", "center"):
+            folder = tmp_path / f"{save.__name__}_{crop}"
+            save(folder, trees["plain"], META | {"eval_crop": crop})
+            assert read_config(folder / "model.safetensors").get("eval_crop", "none") == crop
+    assert "preprocessor_config.json resizes straight, but the weights were evaluated with eval_crop = 'center'" in caplog.text
+
+
 def test_missing_description_means_google_scaling_and_no_names(trees):
     config, text = to_timm(trees["plain"])[1], to_huggingface(trees["plain"])[1]
     assert "label_names" not in config and config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
@@ -94,6 +108,7 @@ def test_missing_description_means_google_scaling_and_no_names(trees):
     [
         ({"class_names": ["a"]}, "the head has 5 classes, but the JSON next to the weights names 1"),
         ({"image_size": 224}, "image_size is 224 in .*, but their 16 positions are for 32×32 pixels"),
+        ({"eval_crop": 0.875}, "eval_crop in .* is 0.875; it should be one of"),
         ({"class_names": "abcde"}, "class_names .*should be a list"),
         ({"normalization": {"mean": [1, 2]}}, "should hold a mean and a std of three numbers"),
         ({"normalization": {"mean": [0, 0, 0], "std": [1, 1, 0]}}, "should hold a mean and a std of three numbers"),

@@ -19,6 +19,7 @@ from vit_jax.formats.google import save_npz
 from vit_jax.images import THREADS
 from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.predict import Classifier
+from vit_jax.resampling import center_crop
 from vit_jax.training import devices
 from vit_jax.training.assemble import assemble
 from vit_jax.training.evaluate import predictions
@@ -64,10 +65,25 @@ def test_probabilities_equal_those_of_an_evaluation(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_probabilities_equal_those_of_a_run(config, tmp_path):
+@pytest.mark.parametrize("crop", ["none", "center"])
+def test_probabilities_equal_those_of_a_run(config, crop, tmp_path):
+    config.augment.eval_crop = crop
     vit_jax.train(config, tmp_path / "run")
     with np.load(tmp_path / "run" / "predictions.npz") as found:
         compare(tmp_path / "run", found["logits"], tmp_path)
+
+
+def test_evaluation_crop_in_the_json_is_followed_or_refused(classify, noise, tmp_path):
+    image = noise(40, 56)
+    cropped = Classifier(save(tmp_path / "center.npz", META | {"eval_crop": "center"}))
+    part = np.asarray(center_crop(Image.fromarray(image), (32, 32)))
+    np.testing.assert_allclose(
+        cropped.probabilities(image), jax.device_get(cropped._probabilities(cropped.params, part[None])), atol=1e-6
+    )
+    assert np.abs(cropped.probabilities(image) - classify.probabilities(image)).max() > 0.01
+    path = save(tmp_path / "left.npz", META | {"eval_crop": "left"})
+    with pytest.raises(CheckpointError, match=r"left.npz: eval_crop in the JSON .* is 'left'; it should be one of"):
+        Classifier(path)
 
 
 def test_every_form_of_an_image_gives_the_same_classes(classify, noise, tmp_path):

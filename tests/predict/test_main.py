@@ -108,10 +108,10 @@ runpy.run_module("vit_jax.predict", run_name="__main__")
 def test_image_removed_before_it_is_drawn_is_an_error(run, folder, capsys, monkeypatch):
     read = images.open_image
 
-    def open_image(source, size, name):
+    def open_image(source, size, name, **options):
         if size == (_DRAWN_SIZE, _DRAWN_SIZE):
             raise ImageError(f"{name} does not exist")
-        return read(source, size, name)
+        return read(source, size, name, **options)
 
     monkeypatch.setattr(images, "open_image", open_image)
     assert main(["--checkpoint", str(run), str(folder / "a.png"), "--attention", str(folder / "x.png")]) == 1

@@ -17,6 +17,7 @@ from vit_jax.models.intermediates import attention_maps, attention_rollout
 from vit_jax.reports import attention, figures, sections
 from vit_jax.reports.runs import read_run
 from vit_jax.training.step import Batch, loss_of
+from vit_jax.transforms import geometry
 from vit_jax.transforms.keys import stream
 from vit_jax.transforms.preprocess import for_training
 
@@ -130,6 +131,13 @@ def test_training_images_equal_the_inputs_of_the_model(run, monkeypatch):
     originals, pixels, names = shown[0]
     assert (originals == images[:12]).all() and names == [source.class_names[label] for label in labels[:12]]
     np.testing.assert_allclose(pixels, (np.asarray(seen[0])[:12] + 1) / 2, atol=1e-6)
+
+
+def test_attention_figures_show_the_evaluation_crop(run, arguments):
+    edit(run, augment__eval_crop="center")
+    list(sections.attention_figures(read_run(run), sections.AttentionOptions(images=(17, 3))))
+    pixels, _ = read_run(run).test.take(np.array([17, 3]))
+    np.testing.assert_allclose(arguments["rollout"][0][0], geometry.center_crop(pixels, 32) / 255, atol=1e-6)
 
 
 def test_images_can_be_chosen_by_number(run, arguments):

@@ -14,8 +14,9 @@ from vit_jax.formats.google import read_npz
 from vit_jax.models.variants import build, from_tree
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.state import create
-from vit_jax.training.step import Batch, loss_of, train_step
-from vit_jax.transforms.preprocess import for_training
+from vit_jax.training.step import Batch, logits_of, loss_of, train_step
+from vit_jax.transforms import geometry
+from vit_jax.transforms.preprocess import for_evaluation, for_training
 
 FILES = ["tiny_bf16mom_accum1_head", "tiny_bf16mom_accum2_head", "tiny_f32mom_accum1_head"]
 
@@ -125,3 +126,24 @@ def test_dropout_is_keyed_by_seed_and_step(small):
     losses = [updated(dropping, params, data, 1, **still, seed=seed, steps=3)[1] for seed in (0, 0, 1)]
     assert losses[0] == losses[1]
     assert len({*losses[0], *losses[2]}) == 6
+
+
+@pytest.mark.parametrize("crop", ["none", "center"])
+def test_logits_depend_on_the_original_sizes_only_with_a_crop(crop):
+    """Of a resident split, whose sizes lie next to the images, and of a streamed one, whose batches hold them."""
+
+    class Model:
+        def apply(self, params, images):
+            return images
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), np.uint8)
+    sizes = np.array([[20, 20], [20, 40], [40, 20], [30, 60], [7, 9], [20, 21]], np.int32)
+    forward = jax.jit(logits_of(Model(), for_evaluation(16, crop=crop)))
+    index = np.array([1, 4, 5], np.int32)
+    resident = forward({}, Batch(index=index), {"images": images, "labels": np.zeros(6, np.int32), "sizes": sizes})
+    streamed = forward({}, Batch(images=images[index], labels=np.zeros(3, np.int32), sizes=sizes[index]), None)
+    np.testing.assert_array_equal(resident, streamed)
+    expected = geometry.center_crop(images[index], 16, sizes[index]) if crop == "center" else geometry.resize(images[index], 16)
+    np.testing.assert_allclose(resident, expected / 127.5 - 1, atol=1e-4)
+    unsized = forward({}, Batch(index=index), {"images": images, "labels": np.zeros(6, np.int32)})
+    assert (np.abs(unsized - resident).max() > 0.1) == (crop == "center")

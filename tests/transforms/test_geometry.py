@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
 
 from vit_jax.transforms import geometry
 
@@ -14,6 +15,7 @@ random_boxes = jax.jit(geometry.random_boxes, static_argnums=(1, 2), static_argn
 crop_resize = jax.jit(geometry.crop_resize, static_argnums=2)
 flips = jax.jit(geometry.flips)
 resize = jax.jit(geometry.resize, static_argnums=1)
+center_crop = jax.jit(geometry.center_crop, static_argnums=1)
 
 DISTRIBUTIONS = ("torchvision", "tensorflow")
 # Of 255: float32 positions in an image are good to a millionth of its width.
@@ -164,6 +166,55 @@ def test_weights_of_a_static_size_cost_the_program_nothing():
 def test_resize_to_the_same_size_changes_nothing():
     images = pixels(2, 20, 20, 3)
     np.testing.assert_array_equal(resize(images, 20), images)
+
+
+def pillow(image: np.ndarray, height: int, width: int, box: tuple[float, ...] | None = None) -> np.ndarray:
+    """Pillow's bilinear resizing with antialiasing, of a (left, top, right, bottom) or the whole, without rounding."""
+    bands = [Image.fromarray(image[..., band].astype(np.float32)) for band in range(3)]
+    return np.stack([np.asarray(band.resize((width, height), Image.Resampling.BILINEAR, box)) for band in bands], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "box"),
+    [
+        (64, 96, 20, (20, 4, 76, 60)),
+        (96, 64, 20, (4, 20, 60, 76)),
+        (375, 500, 224, (500 / 2 - 375 * 7 / 16, 375 / 16, 500 / 2 + 375 * 7 / 16, 375 * 15 / 16)),
+        (32, 32, 32, (2, 2, 30, 30)),  # the model's own size
+        (24, 16, 56, (1, 5, 15, 19)),
+        (64, 160, (32, 16), (66, 4, 94, 60)),
+    ],
+)
+def test_center_crop_is_that_of_pillow(height, width, size, box):
+    images = pixels(2, height, width, 3)
+    out = (size, size) if isinstance(size, int) else size
+    expected = np.stack([pillow(image, *out, box) for image in images])
+    found = center_crop(images, size)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    sizes = jnp.tile(jnp.array([[height, width]], jnp.int32), (2, 1))
+    np.testing.assert_allclose(center_crop(images, size, sizes), expected, rtol=0, atol=10 * TOLERANCE)  # positions in float32
+
+
+def test_center_crop_is_a_crop_of_the_resized_image():
+    """The usual procedure: the shorter side to 256 of 224 pixels, then the central 224."""
+    images = pixels(1, 512, 640, 3)
+    whole = pillow(images[0], 256, 320)
+    np.testing.assert_allclose(center_crop(images, 224)[0], whole[16:240, 48:272], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("height", "width"), [(150, 240), (240, 150), (100, 100)])
+def test_center_crop_of_a_resized_image_is_that_of_the_original(height, width):
+    """A stored image is a square of twice the result's side; the two resizings only blur a little more than one."""
+    noise = pixels(1, height // 10, width // 10, 3)[0]
+    original = np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+    stored = np.asarray(Image.fromarray(original).resize((64, 64), Image.Resampling.BILINEAR))
+    expected = np.asarray(center_crop(original[None], 32)[0])
+    found = center_crop(stored[None], 32, jnp.array([[height, width]], jnp.int32))[0]
+    errors = np.abs(np.asarray(found) - expected)
+    assert errors.mean() < 3 and errors.max() < 25
+    if height != width:  # a square of the stored image is another part
+        assert np.abs(np.asarray(center_crop(stored[None], 32)[0]) - expected).mean() > 15
 
 
 @pytest.mark.parametrize("size", [17, (30, 41)])

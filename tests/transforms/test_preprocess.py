@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.config import Augment
+from vit_jax.models.variants import build
 from vit_jax.transforms import geometry, keys, preprocess
 
 STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -38,6 +39,23 @@ def test_evaluation_resizes_straight_and_scales():
     expected = (np.asarray(geometry.resize(images, 24), np.float64) / 255 - mean) / deviation
     np.testing.assert_allclose(jax.jit(preprocess.for_evaluation(24, STATISTICS))(images), expected, atol=2e-6)
     np.testing.assert_array_equal(preprocess.for_evaluation(24)(images), preprocess.preprocess(images, 24))
+
+
+def test_evaluation_can_crop_the_centre():
+    images, sizes = pixels(3, 12, 20), jnp.array([[12, 40], [60, 20], [9, 9]], jnp.int32)
+    transform = jax.jit(preprocess.for_evaluation(16, STATISTICS, "center"))
+    for of in (None, sizes):
+        expected = preprocess.scale(geometry.center_crop(images, 16, of), STATISTICS)
+        np.testing.assert_allclose(transform(images, of), expected, atol=1e-4)
+    # evaluation without a crop needs no sizes
+    np.testing.assert_array_equal(preprocess.for_evaluation(16)(images, sizes), preprocess.preprocess(images, 16))
+
+
+def test_preprocess_crops_as_the_weights_expect():
+    images, model = pixels(2, 12, 20), build("Ti/16", num_classes=2, eval_crop="center")
+    expected = geometry.center_crop(images, 16) / 127.5 - 1
+    np.testing.assert_allclose(preprocess.preprocess(images, 16, model), expected, atol=1e-5)
+    assert np.abs(preprocess.preprocess(images, 16, model.clone(eval_crop="none")) - expected).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import find
 from vit_jax.errors import CheckpointError, reason
 from vit_jax.formats.google import POSITIONS, read_meta, read_npz, read_shapes
-from vit_jax.formats.meta import grid_of, image_size, statistics
+from vit_jax.formats.meta import eval_crop, grid_of, image_size, statistics
 from vit_jax.formats.stablehlo import read_about
 from vit_jax.formats.torch_files import read_config, read_safetensors
 from vit_jax.models.variants import build, from_tree, patches, shapes
@@ -179,7 +179,7 @@ def load(
       dropout, attention_dropout, dtype: fields of the VisionTransformer.
 
     Returns:
-      The model, which knows the normalization of its images, and its float32 JAX arrays.
+      The model, which knows how its images are prepared, and its float32 JAX arrays.
 
     Raises:
       CheckpointError: if the file cannot be found, read or used, has a missing or an unknown array, or has no head and
@@ -205,11 +205,12 @@ def load(
     for name in flat:  # one by one, so that at most one leaf is in memory twice; on a CPU JAX does not copy aligned arrays
         flat[name] = jax.device_put(flat[name])
     try:
-        mean, std = statistics(meta_of(path))
+        meta = meta_of(path)
+        (mean, std), crop = statistics(meta), eval_crop(meta)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     fields = dict(dropout=dropout, attention_dropout=attention_dropout, dtype=dtype)
-    return model.clone(normalization=(tuple(mean), tuple(std)), **fields), unflatten_dict(flat, sep="/")
+    return model.clone(normalization=(tuple(mean), tuple(std)), eval_crop=crop, **fields), unflatten_dict(flat, sep="/")
 
 
 def _resized(positions: np.ndarray, model: VisionTransformer, size: tuple[int, int], path: Path) -> np.ndarray:

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.config import CHOICES
 from vit_jax.errors import CheckpointError, printable, reason
 from vit_jax.models.vit import GOOGLE_NORMALIZATION
 
@@ -13,7 +14,9 @@ from vit_jax.models.vit import GOOGLE_NORMALIZATION
 _MAX_STATISTIC, _MIN_STD = 1e4, 1e-4
 _MAX_DEPTH = 20  # levels of nesting
 # Fields at the top level that only a description of weights has.
-_OF_WEIGHTS = {"image_size", "normalization", "class_names", "source_sha256", "copy_of", "lacks", "accuracy", "step"}
+_OF_WEIGHTS = {
+    *("image_size", "normalization", "eval_crop", "class_names", "source_sha256", "copy_of", "lacks", "accuracy", "step"),
+}
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -125,6 +128,21 @@ def statistics(meta: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         f"normalization in the JSON next to the weights is {printable(found, 200)}; it should hold a mean and a std of three "
         f"numbers each, of pixel values in [0, 1], none above {_MAX_STATISTIC:g}, the std's at least {_MIN_STD:g}"
     )
+
+
+def eval_crop(meta: Mapping[str, Any]) -> str:
+    """Returns how images are cropped for evaluation, "none" or "center"; "none" if `meta` does not say it.
+
+    Raises:
+      CheckpointError: if it is another value.
+    """
+    found, allowed = meta.get("eval_crop"), CHOICES["augment.eval_crop"]
+    if found is not None and found not in allowed:
+        raise CheckpointError(
+            f"eval_crop in the JSON next to the weights is {printable(repr(found), 80)}; it should be one of "
+            f"{', '.join(map(repr, allowed))}"
+        )
+    return found or "none"
 
 
 def _three(values: Any, least: float) -> list[float] | None:

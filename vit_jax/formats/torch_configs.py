@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_jax.errors import CheckpointError, printable
-from vit_jax.formats.meta import statistics
+from vit_jax.formats.meta import eval_crop, statistics
 from vit_jax.models.vit import GOOGLE_NORMALIZATION
 
 _LARGEST_EPSILON = 1e-5  # of LayerNorm; ours is 1e-6, and up to this limit the outputs agree to about 1e-5
@@ -131,7 +131,8 @@ def describe(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[st
     """Translates config.json and preprocessor_config.json to the fields of the JSON next to an npz.
 
     Returns:
-      "image_size", "normalization" and "class_names", each if it is given.
+      "image_size", "normalization", "eval_crop" and "class_names", each if it is given. timm's crop_pct and crop_mode are not
+      used, because Google's models are evaluated without a crop, whatever the copies say.
 
     Raises:
       CheckpointError: if a field cannot be used; the message names it.
@@ -139,6 +140,7 @@ def describe(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[st
     meta = {
         "image_size": _image_size(config),
         "normalization": _normalization(config, processor),
+        "eval_crop": eval_crop(config) if "eval_crop" in config else None,
         "class_names": _class_names(config),
     }
     return {name: value for name, value in meta.items() if value is not None}

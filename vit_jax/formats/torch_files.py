@@ -112,7 +112,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """Reads config.json and preprocessor_config.json next to a safetensors file as the fields of the JSON next to an npz.
 
     Returns:
-      "image_size", "normalization" and "class_names", each if it is given.
+      "image_size", "normalization", "eval_crop" and "class_names", each if it is given.
 
     Raises:
       CheckpointError: if a file is not JSON or a field cannot be used.

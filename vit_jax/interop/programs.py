@@ -16,11 +16,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import CheckpointError
-from vit_jax.formats.meta import class_names, image_size, statistics
+from vit_jax.formats.meta import class_names, eval_crop, image_size, statistics
 from vit_jax.models.variants import patches
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.transforms.preprocess import scale
 
+# By the evaluation's crop of the weights: what a server does to an image of any size.
+_RESIZE = {
+    "none": "bilinear, half-pixel centres, no antialiasing, straight to image_size whatever the aspect ratio",
+    "center": "bilinear, half-pixel centres, antialiasing: the central part of the aspect ratio of image_size, 7/8 as large as "
+    "fits into the image, to image_size",
+}
 Forward = Callable[[Mapping[str, Any], Any], jax.Array]
 
 
@@ -34,7 +40,7 @@ def describe(path: Path, model: VisionTransformer, params: Mapping[str, Any], me
     try:
         mean, deviation = statistics(about)
         names = class_names(about, model.num_classes)
-        sides = image_size(about, model.stride, patches(model, params))
+        sides, crop = image_size(about, model.stride, patches(model, params)), eval_crop(about)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     about |= {
@@ -46,7 +52,7 @@ def describe(path: Path, model: VisionTransformer, params: Mapping[str, Any], me
     return about | {
         "input": f"B, {sides[0]}, {sides[1]}, 3",
         "outputs": model.num_classes or model.representation_size or model.hidden_size,
-        "resize": "bilinear, half-pixel centres, no antialiasing, straight to image_size whatever the aspect ratio",
+        "resize": _RESIZE[crop],
     }
 
 

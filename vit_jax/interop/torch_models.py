@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import CheckpointError
-from vit_jax.formats.meta import class_names, image_size, statistics
+from vit_jax.formats.meta import class_names, eval_crop, image_size, statistics
 from vit_jax.formats.torch_files import save_folder
 from vit_jax.formats.torch_names import BACKBONE, HUGGINGFACE, TIMM, spelling, to_torch
 from vit_jax.models.variants import VARIANTS, from_tree, name_of, patches
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.resampling import CENTER
 
 _log = logging.getLogger("vit_jax")
 
@@ -83,7 +84,7 @@ def _timm_config(model: VisionTransformer, size: tuple[int, int], meta: Mapping[
     pooling: dict[str, Any] = {"global_pool": "token"}
     if model.classifier != "token":
         pooling = {"global_pool": "avg", "class_token": False, "fc_norm": False}
-    mean, std = statistics(meta)
+    (mean, std), crop = statistics(meta), eval_crop(meta)
     names = class_names(meta, model.num_classes)
     root_conv = f"{BACKBONE}stem.conv" if model.resnet else f"{BACKBONE}conv"
     return {
@@ -103,13 +104,14 @@ def _timm_config(model: VisionTransformer, size: tuple[int, int], meta: Mapping[
             **pooling,
         },
         **({"label_names": names} if names else {}),
+        **({"eval_crop": crop} if crop != "none" else {}),  # read by this package only
         "pretrained_cfg": {
             "num_classes": model.num_classes,
             "input_size": [3, *size],
             "fixed_input_size": True,
             "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",  # straight to the size, whatever the image's aspect ratio
+            "crop_pct": CENTER if crop == "center" else 1.0,
+            "crop_mode": "center" if crop == "center" else "squash",  # straight to the size, whatever the image's aspect ratio
             "mean": mean,
             "std": std,
             "first_conv": "patch_embed.proj" if model.resnet is None else root_conv,
@@ -174,7 +176,9 @@ def _huggingface_configs(
     if names is not None:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     pooler = {"pooler_act": "tanh", "pooler_output_size": model.representation_size} if model.representation_size else {}
-    mean, std = statistics(meta)
+    (mean, std), crop = statistics(meta), eval_crop(meta)
+    if crop != "none":
+        _log.warning("preprocessor_config.json resizes straight, but the weights were evaluated with eval_crop = %r", crop)
     config = {
         "architectures": ["ViTForImageClassification" if classifier else "ViTModel"],
         "model_type": "vit",
@@ -192,6 +196,7 @@ def _huggingface_configs(
         "attention_probs_dropout_prob": 0.0,
         **pooler,
         **labels,
+        **({"eval_crop": crop} if crop != "none" else {}),  # read by this package only
     }
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",

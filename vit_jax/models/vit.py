@@ -112,9 +112,10 @@ class VisionTransformer(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: str = "xla"  # what computes it: "xla" anywhere; "cudnn", fused, on an NVIDIA GPU in bfloat16
     remat: bool = False  # blocks are computed again for the gradient, in a fraction of the memory
-    # Channel means and deviations, of values in [0, 1], of the images that the weights were trained on. The model does not
-    # compute with them; `vit_jax.preprocess` scales by them.
+    # How `vit_jax.preprocess` prepares images for the weights: by channel means and deviations, of values in [0, 1], and by
+    # a crop (config.Augment.eval_crop). The model does not compute with either.
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = GOOGLE_NORMALIZATION
+    eval_crop: str = "none"
 
     @property
     def stride(self) -> int:

@@ -152,10 +152,15 @@ def _draw_attention(path: Path, classify: Classifier, drawn: list[tuple[str, Sou
     from vit_jax.files import whole_file
     from vit_jax.images import open_image
     from vit_jax.reports import figures
+    from vit_jax.resampling import central_box
 
     views: Any = []
     for name, source, _ in drawn:
-        view = open_image(source, (_DRAWN_SIZE, _DRAWN_SIZE), name)
+        cropped = classify.model.eval_crop == "center"
+        view = open_image(source, (_DRAWN_SIZE, _DRAWN_SIZE), name, keep_aspect=cropped)
+        if cropped:  # the attention is that of this part
+            left, top, right, bottom = map(round, central_box(view, classify.image_size))
+            view = view.crop((left, top, right, bottom))
         view.thumbnail((_DRAWN_SIZE, _DRAWN_SIZE))
         views.append(np.asarray(view, np.float32) / 255)
     labels = [f"{found[0][0]} {found[0][1]:.1%}" for _, _, found in drawn]

@@ -30,9 +30,10 @@ Result = list[tuple[str, float]]  # (name, probability) of the most probable cla
 class Classifier:
     """Classifies images with a fine-tuned or published model: `classify = Classifier("runs/demo"); classify("lion.jpg")`.
 
-    The probabilities are those of a run's evaluation, up to rounding: images are resized to the model's size without
-    antialiasing and scaled as the JSON next to the weights says. Without such a JSON, Google's scaling is assumed; a warning
-    is logged unless the weights are published ones. `vit_jax.images` describes colours, orientation and very large images.
+    The probabilities are those of a run's evaluation, up to rounding: images are cropped as the JSON next to the weights says,
+    resized to the model's size (without antialiasing if they are not cropped), and scaled as it says. Without such a JSON,
+    images are not cropped and Google's scaling is assumed; a warning is logged unless the weights are published ones.
+    `vit_jax.images` describes colours, orientation and very large images.
 
     An image is a path, an http(s) address, the bytes of a file, a PIL image, or a uint8 array [H, W, 3], [H, W] (grey) or
     [H, W, 4] (with transparency). The methods take one image, a batch [B, H, W, 3], or a list of these, of any sizes.
@@ -188,7 +189,7 @@ class Classifier:
 
         def read(name: str, source: Source) -> np.ndarray | ImageError:
             try:
-                return read_image(source, self.image_size, name)
+                return read_image(source, self.image_size, name, self.model.eval_crop)
             except ImageError as error:
                 return error
 

@@ -67,10 +67,11 @@ class AttentionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples:
-    """Test images uint8 [N, H, W, 3], labels [N], their numbers in the split [N], and how they were chosen as text."""
+    """Test images uint8 [N, H, W, 3], labels [N], sizes as of `Source.read`, numbers in the split [N], how they were chosen."""
 
     images: np.ndarray
     labels: np.ndarray
+    sizes: np.ndarray | None
     index: np.ndarray
     choice: str
 
@@ -134,7 +135,8 @@ def attention_figures(run: Run, options: AttentionOptions) -> Iterator[Captioned
     model = next(iter(models.values()))[0]
     layers, heads = _layers_and_heads(model, options)
     examples = _numbered(run, options.images) if options.images else _examples(run, options.num_images)
-    images = jax.jit(for_evaluation(run.config.data.image_size, _statistics(run)))(examples.images)
+    transform = for_evaluation(run.config.data.image_size, _statistics(run), run.config.augment.eval_crop)
+    images = jax.jit(transform)(examples.images, examples.sizes)
     shown, class_names = _displayable(images, run), run.test.class_names
     names = [f"{printable(class_names[x])}, image {i}" for x, i in zip(examples.labels, examples.index, strict=True)]
     grid = (images.shape[1] // model.stride, images.shape[2] // model.stride)
@@ -265,7 +267,7 @@ def _numbered(run: Run, images: tuple[int, ...]) -> _Examples:
     """Returns the images of these numbers."""
     if wrong := [number for number in images if not 0 <= number < len(run.test)]:
         raise ReportError(f"images: there is no image {wrong[0]}; {run.test_name} has images 0 to {len(run.test) - 1}")
-    return _Examples(*run.test.take(np.array(images)), np.array(images), "The images were chosen by number.")
+    return _Examples(*run.test.read(np.array(images)), np.array(images), "The images were chosen by number.")
 
 
 def _examples(run: Run, count: int) -> _Examples:
@@ -288,4 +290,4 @@ def _examples(run: Run, count: int) -> _Examples:
     present, first = np.unique(labels[order], return_index=True)
     chosen = np.unique(np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int))
     index = order[first[chosen]]
-    return _Examples(*source.take(index), index, choice)
+    return _Examples(*source.read(index), index, choice)

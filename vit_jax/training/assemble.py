@@ -187,10 +187,8 @@ def _initial_model(config: Config, num_classes: int, keep_head: bool) -> tuple[V
     return model, params
 
 
-def _describe_weights(
-    config: Config, statistics: Any, sources: splits.Splits, saved: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What a reader of the run's weights must know: normalisation, image size, class names, task, source and its hash.
+def _describe_weights(config: Config, statistics: Any, sources: splits.Splits, saved: Any) -> dict[str, Any]:
+    """What a reader of the run's weights must know: how images are prepared, class names, task, source and its hash.
 
     The source of a saved state is what its record says, because the file may have changed since.
     """
@@ -198,6 +196,7 @@ def _describe_weights(
     meta = {
         "normalization": {"mean": list(mean), "std": list(std)},
         "image_size": config.data.image_size,
+        "eval_crop": config.augment.eval_crop,
         "class_names": sources.train.class_names,
         "task": config.data.task,
         "images_sha256": [source.digest for source in sources if source and source.digest],

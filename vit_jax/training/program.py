@@ -32,7 +32,7 @@ def build(
 
     Args:
       model: with the dtype, attention and dropout of the run.
-      augment: what happens to a training image.
+      augment: what happens to an image.
       optimizer: which turns gradients into updates.
       layout: of the devices.
       seed: of every random draw.
@@ -42,5 +42,5 @@ def build(
     forward = loss_of(model, for_training(augment, image_size, statistics), seed)
     return Program(
         train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
-        predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics))),
+        predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics, augment.eval_crop))),
     )

@@ -56,7 +56,8 @@ def logits_of(model: VisionTransformer, transform: Callable[..., Any]) -> Forwar
     """forward(params, batch, data) → logits float32 [B, classes]; `transform` is of `preprocess.for_evaluation`."""
 
     def forward(params, batch, data):
-        return model.apply({"params": params}, transform(fetch(batch, data)[0]))
+        images, _, sizes = fetch(batch, data)
+        return model.apply({"params": params}, transform(images, sizes))
 
     return forward
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.resampling import CENTER
+
 # The aspect ratios (width / height) that each source draws from.
 _TORCHVISION_ASPECT = (3 / 4, 4 / 3)
 _TENSORFLOW_ASPECT = (0.75, 1.33)
@@ -30,6 +32,29 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     out_height, out_width = _pair(size)
     _, height, width, _ = images.shape
     return _resample(images, _weights(0, height, height, out_height), _weights(0, width, width, out_width))
+
+
+def center_crop(images: jax.Array, size: int | tuple[int, int], sizes: jax.Array | None = None) -> jax.Array:
+    """Cuts the central part out of each image and resizes it: bilinear, half-pixel centres, with antialiasing, no rounding.
+
+    For a square result the part is the square of 7/8 of the shorter side. That is what remains of an image whose shorter
+    side is resized to 8/7 of `size`, such as 256 for 224, and which is then cropped to `size`, without rounding of either
+    length. For another result it is 7/8 of the largest part with the result's aspect ratio.
+
+    Args:
+      images: [B, H, W, C], any real type; images are uint8.
+      size: of the result, in pixels: one number for a square, or (height, width).
+      sizes: int32 [B, 2], the original heights and widths, as for `crop_resize`; the part is central and square in these.
+
+    Returns:
+      float32 [B, height, width, C] in the range of the input.
+    """
+    stored, out = (np.array([edges]) for edges in (images.shape[1:3], _pair(size)))
+    scale = (stored if sizes is None else sizes) / out  # pixels of the original for a pixel of the whole image, resized
+    extents = CENTER * stored * (scale.min(axis=1, keepdims=True) / scale)  # in stored pixels
+    lines = zip(extents.T, images.shape[1:3], _pair(size), strict=True)
+    weights = (_central_weights(*line) for line in lines)
+    return _resample(images, *(one[0] if sizes is None else one for one in weights))
 
 
 def crop_resize(
@@ -178,12 +203,25 @@ def _weights(start, extent, length: int, out: int) -> jax.Array | np.ndarray:
     return xp.maximum(0, 1 - xp.abs(position[:, None] - pixel[None, :])).astype(np.float32)
 
 
+def _central_weights(extents: Any, length: int, out: int) -> jax.Array | np.ndarray:
+    """The weights float32 [n, out, length] that resample the central `extents` [n] of a line to `out` pixels each.
+
+    A triangle of the width of two pixels of the result, or of the line if these are larger, as Pillow and
+    `jax.image.resize` have it. Like theirs, it also covers pixels right outside a part of the line.
+    """
+    xp = np if isinstance(extents, np.ndarray) else jnp
+    scale = extents[:, None, None] / out
+    position = (length - extents[:, None, None]) / 2 + (np.arange(out)[None, :, None] + 0.5) * scale - 0.5
+    weights = xp.maximum(0, 1 - xp.abs(np.arange(length)[None, None] - position) / xp.maximum(scale, 1))
+    return (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
+
+
 def _resample(images: jax.Array, rows: jax.Array | np.ndarray, columns: jax.Array | np.ndarray) -> jax.Array:
     """Applies rows [h, H] or [B, h, H] and columns [w, W] or [B, w, W] to images [B, H, W, C]."""
     row, column = ("bih", "bjw") if rows.ndim == 3 else ("ih", "jw")
     # Without HIGHEST a recent GPU multiplies in TF32, whose 10 bits are too few for the original's numbers.
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    images = einsum(f"{row},bhwc->biwc", rows, images.astype(jnp.float32))
+    images = einsum(f"{row},bhwc->biwc", rows, jnp.asarray(images).astype(jnp.float32))
     return einsum(f"{column},biwc->bijc", columns, images)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import Augment
@@ -19,12 +18,12 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 def preprocess(
     images: jax.Array | np.ndarray, size: int | tuple[int, int], model: VisionTransformer | None = None
 ) -> jax.Array:
-    """Resizes images straight to a model's size and scales them as the model's weights expect.
+    """Resizes images to a model's size, straight or after a central crop, and scales them as the model's weights expect.
 
     Args:
       images: uint8 [B, H, W, 3], JAX or NumPy.
       size: the model's input in pixels: one number for a square, or (height, width).
-      model: from `vit_jax.load`, which knows the statistics that its weights were trained with; None: Google's, to [-1, 1].
+      model: from `vit_jax.load`, which knows the statistics and the crop of its weights; None: to [-1, 1], without a crop.
 
     Returns:
       float32 [B, height, width, 3], in [-1, 1] unless the model has other statistics.
@@ -32,7 +31,7 @@ def preprocess(
     Raises:
       ValueError: the images are not uint8, or not of this shape.
     """
-    return for_evaluation(size, model.normalization if model else None)(images)
+    return (for_evaluation(size, model.normalization, model.eval_crop) if model else for_evaluation(size))(images)
 
 
 def for_training(
@@ -61,16 +60,17 @@ def for_training(
 
 
 def for_evaluation(
-    size: int | tuple[int, int], statistics: Statistics | None = None
-) -> Callable[[jax.Array | np.ndarray], jax.Array]:
-    """Builds the transform of evaluation: images uint8 [B, H, W, 3] → float32 [B, height, width, 3], resized straight, scaled.
+    size: int | tuple[int, int], statistics: Statistics | None = None, crop: str = "none"
+) -> Callable[..., jax.Array]:
+    """Builds the transform of evaluation: images uint8 [B, H, W, 3] → float32 [B, height, width, 3], resized and scaled.
 
-    Arguments as of `for_training`.
+    Arguments and original sizes as of `for_training`; `crop`: "none", or "center" for `geometry.center_crop`.
     """
 
-    def transform(images: jax.Array | np.ndarray) -> jax.Array:
+    def transform(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
         _check(images)
-        return scale(geometry.resize(jnp.asarray(images), size), statistics)
+        part = geometry.center_crop(images, size, sizes) if crop == "center" else geometry.resize(images, size)
+        return scale(part, statistics)
 
     return transform
 

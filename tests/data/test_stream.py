@@ -19,7 +19,6 @@ from vit_jax.data.splits import open_split
 from vit_jax.data.tasks import task
 from vit_jax.errors import DataError, ImageError
 
-
 ROOT = Path(__file__).parents[2]
 EPOCHS = int(os.environ.get("VIT_JAX_EPOCHS", "1"))
 

@@ -54,6 +54,18 @@ def test_largest_batch_is_that_of_a_compiled_program():
     assert "a batch of 5,120 images fits" in described_memory(64, devices=8)[-1]
 
 
+def test_first_guess_of_the_largest_batch_knows_the_type_of_gradients(monkeypatch, capsys):
+    """So one program is compiled if memory grows linearly; here with 2 GB of parameters, 1 GB of gradients."""
+    monkeypatch.setattr(forecast, "size", lambda tree: 2 * 10**9 if tree == {} else 0)
+    monkeypatch.setattr(target, "usable", lambda card: 64e9)
+    config = Config()
+    config.model.dtype = "bfloat16"
+    run = Run(config)
+    text = forecast._memory_lines(run, CARDS["h100"], run.train_step(), target.Plan("", 0, 0))
+    assert text[-1] == "largest     a batch of 640 images fits: 61.60 GB by its compiled program"
+    assert capsys.readouterr().err == "compiling a training step of 640 images\n"
+
+
 @pytest.mark.usefixtures("_memory")
 def test_batch_that_does_not_fit_says_what_does():
     with pytest.raises(ConfigError) as error:
@@ -65,6 +77,15 @@ def test_batch_that_does_not_fit_says_what_does():
     )
     with pytest.raises(ConfigError, match=r"672; run.remat=true is not enough \(83.92 GB\); training.grad_accum_steps=8 ma"):
         described_memory(4096)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_model_that_does_not_fit_with_any_batch_is_an_error(monkeypatch):
+    monkeypatch.setattr(target, "usable", lambda card: 0.5e9)
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 64 needs 7.76 GB .* no batch was found that fits; run.remat=true is not"
+    ):
+        described_memory(64)
 
 
 @pytest.mark.usefixtures("_memory")

@@ -113,7 +113,8 @@ def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[
     state, best, others = size(run.state), size(run.state.params), evaluated(run.data)
     training, on_top = size(run.data["training"]), ", ".join(f"the {k} images ({_gb(size(v))})" for k, v in others.items())
     evaluating = state + training + size(others) + best + predict.temporary
-    fixed = needed - step.temporary + best  # gradients are as large as the parameters
+    # Gradients have the parameters' number and the type of the computation; all of them exist at the end of a step.
+    fixed = needed - step.temporary + best * (0.5 if run.config.model.dtype == "bfloat16" else 1)
     found = capacity.largest_batch(
         lambda images: _needed_with(run, training_batch_size=images),
         limit,

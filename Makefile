@@ -44,7 +44,7 @@ test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtim
 # JAX's plug-in writes to standard error whenever JAX is imported, so it has an environment of its own on top of that of test-lowest.
 PLUGIN := .venv-gpu-program/bin/python
 test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 4 minutes on 2 cores
-	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=8 tests/gpu_program; \
+	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=5 tests/gpu_program; \
 	else echo "test-gpu-program is skipped: no Python 3.11 here, or jax-cuda12-plugin cannot be installed"; fi
 
 check: tools  ## lint and type-check

@@ -1,7 +1,9 @@
 """Programs that are compiled for cards that are only described; skipped without JAX's plug-in for CUDA."""
 
+import contextlib
 import dataclasses
 import functools
+import threading
 
 import pytest
 
@@ -24,15 +26,19 @@ def configured(
 
 @pytest.fixture(scope="session")
 def train_step():
-    """A function: the target.Plan of the training step of `configured(**fields)` for `devices` cards, compiled once."""
+    """A function: the target.Plan of the training step of `configured(**fields)` for `devices` cards; usable in threads."""
     try:
         target.check_plugin()
     except ConfigError as error:
         pytest.skip(str(error))
 
-    @functools.cache
-    def compiled(card: str, devices: int = 1, **fields) -> target.Plan:
-        with target.described(CARDS[card], devices) as described:
-            return target.Target(configured(**fields), described).train_step()
+    with contextlib.ExitStack() as stack:  # each description changes settings of JAX until the last test
+        described = functools.cache(lambda card, count: stack.enter_context(target.described(CARDS[card], count)))
+        lock = threading.Lock()
 
-    return compiled
+        def compiled(card: str, devices: int = 1, **fields) -> target.Plan:
+            with lock:
+                found = described(card, devices)
+            return target.Target(configured(**fields), found).train_step()
+
+        yield compiled

@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from vit_jax import Config
@@ -15,12 +16,8 @@ class Run:
     """In the place of a target.Target: memory as given by a function of the configuration, nothing is compiled."""
 
     def __init__(self, config, devices=1):
-        self.config, self.layout, self.data, self.eval_batch_size = (
-            config,
-            SimpleNamespace(devices=[0] * devices),
-            (None, None),
-            256,
-        )
+        self.config, self.layout, self.eval_batch_size = config, SimpleNamespace(devices=[0] * devices), 256
+        self.data = {"training": None, "test": None}
         self.state = SimpleNamespace(params={})
 
     def changed(self, **fields):
@@ -57,6 +54,18 @@ def test_largest_batch_is_that_of_a_compiled_program():
     assert "a batch of 5,120 images fits" in described_memory(64, devices=8)[-1]
 
 
+def test_first_guess_of_the_largest_batch_knows_the_type_of_gradients(monkeypatch, capsys):
+    """So one program is compiled if memory grows linearly; here with 2 GB of parameters, 1 GB of gradients."""
+    monkeypatch.setattr(forecast, "size", lambda tree: 2 * 10**9 if tree == {} else 0)
+    monkeypatch.setattr(target, "usable", lambda card: 64e9)
+    config = Config()
+    config.model.dtype = "bfloat16"
+    run = Run(config)
+    text = forecast._memory_lines(run, CARDS["h100"], run.train_step(), target.Plan("", 0, 0))
+    assert text[-1] == "largest     a batch of 640 images fits: 61.60 GB by its compiled program"
+    assert capsys.readouterr().err == "compiling a training step of 640 images\n"
+
+
 @pytest.mark.usefixtures("_memory")
 def test_batch_that_does_not_fit_says_what_does():
     with pytest.raises(ConfigError) as error:
@@ -68,6 +77,15 @@ def test_batch_that_does_not_fit_says_what_does():
     )
     with pytest.raises(ConfigError, match=r"672; run.remat=true is not enough \(83.92 GB\); training.grad_accum_steps=8 ma"):
         described_memory(4096)
+
+
+@pytest.mark.usefixtures("_memory")
+def test_model_that_does_not_fit_with_any_batch_is_an_error(monkeypatch):
+    monkeypatch.setattr(target, "usable", lambda card: 0.5e9)
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 64 needs 7.76 GB .* no batch was found that fits; run.remat=true is not"
+    ):
+        described_memory(64)
 
 
 @pytest.mark.usefixtures("_memory")
@@ -84,3 +102,25 @@ def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
     config.training.grad_accum_steps = parts
     with pytest.raises(ConfigError, match=f"the nearest number that works is {nearest}$"):
         forecast.check_options(config, "h100", devices, "")
+
+
+def test_validation_images_are_counted_and_named(config, monkeypatch):
+    """By the table's sizes, without the data; nothing is compiled."""
+    monkeypatch.setattr(target.Target, "train_step", lambda self: target.Plan("", 10**9, 10**9))
+    config.model.dtype = "float32"
+
+    def described(split):
+        config.data.train_split, config.data.test_split, config.data.validation_split = "train", "test", split
+        run = target.Target(config, jax.devices()[:1])
+        lines = forecast._memory_lines(run, CARDS["h100"], run.train_step(), target.Plan("", 0, 0))
+        needed = forecast._needed(run, run.train_step()), lines[2].split()[0]
+        return forecast._shape_lines(run)[1], lines[1], needed
+
+    shapes, memory, before = described("")
+    assert shapes == "data        cifar100_excerpt: 1,000 training and 500 test images, on the device"
+    assert "with the test images (2 MB) and the best parameters" in memory
+    shapes, memory, after = described("train[:90%]")
+    assert shapes.endswith(": at most 1,000 training, 1,000 validation and 500 test images, on the device")
+    assert "with the validation images (3 MB), the test images (2 MB) and the best parameters" in memory
+    added = 1000 * (3072 + 4)
+    assert after[0] - before[0] == added and float(after[1]) - float(before[1]) == pytest.approx(added / 1e6, abs=1)

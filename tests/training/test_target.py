@@ -140,3 +140,17 @@ def test_weights_in_a_file_give_their_shapes(config, tiny_checkpoint):
     config.model.checkpoint, config.model.variant = "", "B/15"
     with pytest.raises(ConfigError, match="model.variant = 'B/15': there is no variant"):
         target.Target(config, devices)
+
+
+def test_validation_images_are_described_as_the_run_holds_them(config):
+    config.data.train_split, config.data.test_split, config.data.validation_split = "train", "test", ""
+    layout = Layout("mesh", jax.devices()[:1])
+    found = target.Target(config, layout.devices)
+    assert found.images == {"training": 1000, "test": 500} and found.data.keys() == found.images.keys()
+    config.data.validation_split = "test"
+    found = target.Target(config, layout.devices)
+    assert found.images == {"training": 1000, "validation": 500, "test": 500}
+    assert jax.tree.map(lambda leaf: leaf.shape, found.data["validation"]) == {"images": (500, 32, 32, 3), "labels": (500,)}
+    config.run.device_budget_mib = 2
+    found = target.Target(config, layout.devices)
+    assert found.data["training"] is None and found.data["validation"] is not None

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import AUTO, Config, check
+from vit_jax.data.splits import names
+from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, printable, reason
 from vit_jax.files import expand_user, whole_file
 from vit_jax.models.variants import flops
 from vit_jax.training import capacity, hlo, target
 from vit_jax.training.cards import Card, card
-from vit_jax.training.preview import describe_shapes, duration, without_download
+from vit_jax.training.preview import describe_images, describe_shapes, duration, evaluated, evaluation_time, without_download
 from vit_jax.training.target import Plan, Target, size
 
 
@@ -88,8 +90,8 @@ def _train_step(run: Target) -> Plan:
 
 
 def _needed(run: Target, step: Plan) -> float:
-    """Bytes on each card during a training step, with the test split and the best parameters, which lie there, too."""
-    return step.arguments + step.temporary + size(run.data[1]) + size(run.state.params)
+    """Bytes on each card during a training step, with the other splits and the best parameters, which lie there, too."""
+    return step.arguments + step.temporary + size(evaluated(run.data)) + size(run.state.params)
 
 
 def _needed_with(run: Target, **fields: Any) -> float:
@@ -99,19 +101,20 @@ def _needed_with(run: Target, **fields: Any) -> float:
 
 
 def _shape_lines(run: Target) -> list[str]:
-    numbers = [f"{number:,}" if number else "an unknown number of" for number in run.images]
-    where = "on the device" if run.data[0] else "streamed"
-    slices = "at most " if "[" in run.config.data.train_split + run.config.data.test_split else ""
-    images = f"{slices}{numbers[0]} training and {numbers[1]} test images, {where}"
+    slices = "[" in "".join(names(task(run.config.data.task), run.config.data))
+    numbers = {kind: f"{number:,}" if number else "an unknown number of" for kind, number in run.images.items()}
+    images = "at most " * slices + describe_images(numbers, run.data)
     return describe_shapes(run.config, run.model, run.state.params, images, run.layout)
 
 
 def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[str]:
     """The memory plan and the largest batch; ConfigError with what would fit if the run does not."""
     settings, limit, needed = run.config.training, target.usable(chosen), _needed(run, step)
-    state, best, (training, test) = size(run.state), size(run.state.params), map(size, run.data)
-    evaluating = state + training + test + best + predict.temporary
-    fixed = needed - step.temporary + best  # gradients are as large as the parameters
+    state, best, others = size(run.state), size(run.state.params), evaluated(run.data)
+    training, on_top = size(run.data["training"]), ", ".join(f"the {k} images ({_gb(size(v))})" for k, v in others.items())
+    evaluating = state + training + size(others) + best + predict.temporary
+    # Gradients have the parameters' number and the type of the computation; all of them exist at the end of a step.
+    fixed = needed - step.temporary + best * (0.5 if run.config.model.dtype == "bfloat16" else 1)
     found = capacity.largest_batch(
         lambda images: _needed_with(run, training_batch_size=images),
         limit,
@@ -130,7 +133,7 @@ def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[
     return [
         f"memory      {_gb(step.arguments + step.temporary)} on each card for a training step: {_gb(state)} state, "
         f"{_gb(training)} training images, {_gb(step.temporary)} temporary",
-        f"            {_gb(needed)} with the test images ({_gb(test)}) and the best parameters ({_gb(best)})",
+        f"            {_gb(needed)} with {on_top} and the best parameters ({_gb(best)})",
         f"            {_gb(evaluating)} in an evaluation of {run.eval_batch_size} images ({_gb(predict.temporary)} temporary)",
         f"            by XLA's plan, without the libraries' own; JAX takes {_gb(limit)} of the card's {_gb(chosen.memory)}",
         f"largest     a batch of {images:,} images fits: {_gb(most)} by its compiled program",
@@ -176,8 +179,9 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
     products = sum(kernel.times * kernel.flops for kernel in kernels)
     model = 3 * settings.batch_size / count * flops(run.model, run.config.data.image_size)
     seconds = sum(kernel.seconds(chosen) for kernel in kernels)
-    evaluation = sum(kernel.seconds(chosen) for kernel in predict.kernels) * -(-run.images[1] // run.eval_batch_size)
-    evaluations = -(-settings.steps // settings.eval_every)
+    once, evaluations = sum(kernel.seconds(chosen) for kernel in predict.kernels), -(-settings.steps // settings.eval_every)
+    passes = {kind: once * -(-number // run.eval_batch_size) for kind, number in evaluated(run.images).items()}
+    evaluation, total = evaluation_time(passes, evaluations)
     return [
         f"attention   {attention.format_map(fused)}; computed in {run.config.model.dtype}",
         f"exchange    {'; '.join(exchange) or 'none, there is one card'}",
@@ -189,7 +193,7 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
         f"{hlo.PRODUCT_SHARE:.0%} of {chosen.bfloat16 / 1e12:,.0f} TFLOP/s in bfloat16, or one elementwise operation a clock "
         "and float32 unit; launches and the exchange cost nothing",
         f"evaluation  at least {duration(evaluation)}, {evaluations:,} of them, by the same estimate",
-        f"run         {settings.steps:,} steps, at least {duration(settings.steps * seconds + evaluations * evaluation)}",
+        f"run         {settings.steps:,} steps, at least {duration(settings.steps * seconds + total)}",
     ]
 
 

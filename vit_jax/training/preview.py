@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,7 +16,9 @@ from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
+from vit_jax.training.feed import Feed
 
+_Split = TypeVar("_Split")
 _LONG = 20.0  # seconds of a first call, set-up included, above which one measurement is exact enough
 
 
@@ -52,6 +54,10 @@ def without_download(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _seconds(act: Callable[[], Any]) -> float:
     """Seconds that `act` takes: of one call if it is long, else of the shortest of three."""
     times: list[float] = []
@@ -62,8 +68,14 @@ def _seconds(act: Callable[[], Any]) -> float:
     return min(times)
 
 
-def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
-    """XLA's memory analysis of a training step, its seconds, and those of one evaluation of the test split."""
+def _feeds(parts: Parts) -> dict[str, Feed]:
+    """The splits that a run has, by the name of their images."""
+    feeds = {"training": parts.train_feed, "validation": parts.validation_feed, "test": parts.test_feed}
+    return {kind: feed for kind, feed in feeds.items() if feed}
+
+
+def _measure(config: Config, parts: Parts) -> tuple[Any, float, dict[str, float]]:
+    """XLA's memory analysis of a training step, its seconds, and those of a pass over each split that is evaluated."""
     settings, layout = config.training, parts.layout
     state = layout.put(parts.state())
     batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, config.seed, 0)
@@ -89,7 +101,33 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, float]:
     else:
         predict = predict.lower(state.params, examples, test.data).compile()
     once = _seconds(lambda: predict(state.params, examples, test.data))
-    return compiled.memory_analysis(), seconds, once * -(-len(test) // size)
+    passes = {kind: once * -(-len(feed) // size) for kind, feed in evaluated(_feeds(parts)).items()}
+    return compiled.memory_analysis(), seconds, passes
+
+
+def evaluated(splits: dict[str, _Split]) -> dict[str, _Split]:
+    """The splits that are evaluated: all but the training split."""
+    return {kind: split for kind, split in splits.items() if kind != "training"}
+
+
+def evaluation_time(passes: dict[str, float], evaluations: int) -> tuple[float, float]:
+    """Seconds of an evaluation during training, and of all evaluations of a run, from those of a pass over each split.
+
+    With a validation split, the test split is only evaluated at the end: the last parameters and the best.
+    """
+    if "validation" in passes:
+        return passes["validation"], evaluations * passes["validation"] + 2 * passes["test"]
+    return passes["test"], evaluations * passes["test"]
+
+
+def describe_images(numbers: dict[str, str], data: dict[str, Any]) -> str:
+    """How many images each split has, and where they lie: `data` has None for a split that is streamed."""
+    *first, last = (f"{number} {kind}" for kind, number in numbers.items())
+    resident = [kind for kind, images in data.items() if images is not None]
+    where = "on the device" if resident else "streamed"
+    if 0 < len(resident) < len(data):
+        where = f"{' and '.join(resident)} on the device, the rest streamed"
+    return f"{', '.join(first)} and {last} images, {where}"
 
 
 def describe_shapes(config: Config, model: VisionTransformer, params: Any, images: str, layout: devices.Layout) -> list[str]:
@@ -110,23 +148,28 @@ def preview(config: Config) -> str:
     """Describes the run of a configuration as text; progress is printed on standard error.
 
     Touches no working directory and downloads no published weights; prepares the data if they are not there. The memory is
-    that of a training step; the test split and the best parameters come on top.
+    that of a training step; the other splits and the best parameters come on top.
     """
     check(config)
     layout = devices.start(config.run)
     layout.check(config.training.batch_size, config.training.grad_accum_steps)
     parts = assemble(without_download(config), layout)
     settings = parts.config.training  # with the steps of training.epochs
-    memory, step, evaluation = _measure(config, parts)
+    memory, step, passes = _measure(config, parts)
     evaluations = -(-settings.steps // settings.eval_every)
-    training, evaluating = settings.steps * step, evaluations * evaluation
-    where = "on the device" if parts.train_feed.data is not None else "streamed"
-    images = f"{len(parts.train_feed):,} training and {len(parts.test_feed):,} test images, {where}"
+    evaluation, evaluating = evaluation_time(passes, evaluations)
+    training, feeds = settings.steps * step, _feeds(parts)
+    data = {kind: feed.data for kind, feed in feeds.items()}
+    images = describe_images({kind: f"{len(feed):,}" for kind, feed in feeds.items()}, data)
     needed = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    others, best = {kind: _bytes(split) for kind, split in evaluated(data).items()}, _bytes(parts.params)
     lines = [
         *describe_shapes(config, parts.model, parts.params, images, layout),
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "
         f"({needed[0] / 2**20:,.0f} of state and data, {needed[1] / 2**20:,.0f} temporary)",
+        f"            {(sum(needed) + sum(others.values()) + best) / 2**20:,.0f} with "
+        + ", ".join(f"the {kind} images ({bytes_ / 2**20:,.0f})" for kind, bytes_ in others.items())
+        + f" and the best parameters ({best / 2**20:,.0f})",
         f"step        {duration(step)}, {settings.batch_size / step:,.1f} images/s",
         f"evaluation  {duration(evaluation)}, {evaluations:,} of them: {duration(evaluating)}",
         f"run         {settings.steps:,} steps, about {duration(training + evaluating)}",

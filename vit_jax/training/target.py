@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import model_of_file
-from vit_jax.config import AUTO, Config, Model
+from vit_jax.config import AUTO, Config, Model, with_steps
 from vit_jax.data.sources import stored_shape
 from vit_jax.data.splits import names, open_splits
 from vit_jax.data.tasks import Task, examples, task
@@ -134,21 +134,29 @@ class Target:
     def __init__(self, config: Config, devices: list[Any]):
         """`config` is checked, and has no published weights as a checkpoint that are not on this machine."""
         self.layout, self.resized = Layout("mesh", devices), False
-        row, chosen = task(config.data.task), names(task(config.data.task), config.data)
-        self.images = tuple(examples(row, split) for split in (chosen.train, chosen.test))  # of training and of test, at most
+        row = task(config.data.task)
+        chosen = names(row, config.data)
+        splits = {"training": chosen.train, "validation": chosen.validation, "test": chosen.test}
+        # Of each split that the run has, at most; 0 if the table does not know it.
+        self.images = {kind: examples(row, split) for kind, split in splits.items() if split}
         if not row.num_classes:  # it is found in the data
             sources = open_splits(row, config.data, config.run.data_dir)
             row = dataclasses.replace(row, num_classes=sources.train.num_classes, image_shape=sources.train.image_shape)
-            self.images, self.resized = (len(sources.train), len(sources.test)), sources.train.resized
+            opened = {"training": sources.train, "validation": sources.validation, "test": sources.test}
+            self.images = {kind: len(source) for kind, source in opened.items() if source}
+            self.resized = sources.train.resized
         elif not row.image_shape:
             row, self.resized = dataclasses.replace(row, image_shape=stored_shape(None, config.data.image_size)), True
+        if config.training.epochs and not self.images["training"]:
+            raise ConfigError(f"training.epochs: the number of images of {row.name} is not known; give training.steps")
+        config = with_steps(config, self.images["training"])
         self.row, model = row, _base_model(config, row)
         self.config = dataclasses.replace(config, model=resolve_auto(config.model, model))
         self.model, self.optimizer, _, self.programs = build_programs(self.config, model, self.layout)
-        self.data = tuple(map(self._data, self.images))  # on the devices; None if streamed
+        self.data = {kind: self._data(number) for kind, number in self.images.items()}  # on the devices; None if streamed
         params = shapes(model, config.data.image_size)
         self.state = self.layout.abstract(jax.eval_shape(lambda tree: create(tree, self.optimizer), params))
-        self.eval_batch_size = self.layout.round_up(min(config.run.eval_batch_size, self.images[1] or 2**30))
+        self.eval_batch_size = self.layout.round_up(min(config.run.eval_batch_size, self.images["test"] or 2**30))
 
     def _data(self, number: int) -> Any:
         """What lies on the devices of a split with so many images; None if it is streamed."""
@@ -176,13 +184,13 @@ class Target:
         """The training step; NotImplementedError if JAX refuses cuDNN's attention for this model."""
         settings = self.config.training
         shape = (settings.grad_accum_steps, settings.batch_size // settings.grad_accum_steps)
-        batch = self._batch(shape, self.data[0] is not None, train=True)
-        return self._compile(self.programs.train_step, self.state, batch, self.data[0])
+        batch = self._batch(shape, self.data["training"] is not None, train=True)
+        return self._compile(self.programs.train_step, self.state, batch, self.data["training"])
 
     def predict(self) -> Plan:
-        """The logits of an evaluation batch."""
-        batch = self._batch((self.eval_batch_size,), self.data[1] is not None, train=False)
-        return self._compile(self.programs.predict, self.state.params, batch, self.data[1])
+        """The logits of an evaluation batch of the test split."""
+        batch = self._batch((self.eval_batch_size,), self.data["test"] is not None, train=False)
+        return self._compile(self.programs.predict, self.state.params, batch, self.data["test"])
 
     def changed(self, **fields: Any) -> "Target":
         """The same run with other values of fields, named as in train_batch_size or run_remat."""

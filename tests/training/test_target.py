@@ -154,3 +154,12 @@ def test_validation_images_are_described_as_the_run_holds_them(config):
     config.run.device_budget_mib = 2
     found = target.Target(config, layout.devices)
     assert found.data["training"] is None and found.data["validation"] is not None
+
+
+def test_epochs_become_steps_by_the_table(config):
+    config.data.task, config.data.train_split, config.training.epochs = "cifar100", "", 2.0
+    run = target.Target(config, jax.devices()[:1])
+    assert run.config.training.steps == 2 * 50_000 // 16
+    config.data.task = "dtd"
+    with pytest.raises(ConfigError, match="training.epochs: the number of images of dtd is not known; give training.steps"):
+        target.Target(config, jax.devices()[:1])

@@ -1,6 +1,7 @@
 """The published architectures with random weights: from a file to logits, at the trained image size and a larger one."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,10 @@ AUGREG = ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/16", "R+Ti/16", "R26+S/32"
 ORIGINAL = ("B/32", "B/16", "L/32", "L/16", "H/14", "R50+B/16")
 MODELS = [(name, 0) for name in AUGREG] + [(name, build(name).hidden_size) for name in ORIGINAL]
 LARGE = ("L/16", "L/32", "H/14", "R50+L/32")  # more than a gigabyte of weights: only their shapes are computed
+COMPUTED = [row for row in MODELS if row[0] not in LARGE]
+# `make test-full` computes all; the sample has a ViT with and without pre-logits and hybrids of both kinds of stems.
+SAMPLE = [("Ti/16", 0), ("R+Ti/16", 0), ("R26+S/32", 0), ("B/32", 768)]
+CHOSEN = COMPUTED if os.environ.get("VIT_JAX_PUBLISHED") == "all" else SAMPLE
 
 
 def sizes(name: str) -> tuple[int, int]:
@@ -24,7 +29,7 @@ def sizes(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pre_logits"), [row for row in MODELS if row[0] not in LARGE])
+@pytest.mark.parametrize(("name", "pre_logits"), CHOSEN)
 def test_random_weights_give_finite_logits(name, pre_logits, tmp_path):
     model, draw = build(name, num_classes=21843, representation_size=pre_logits), np.random.default_rng(0)
     flat = flatten_dict(shapes(model), sep="/")
@@ -47,8 +52,8 @@ def test_random_weights_give_finite_logits(name, pre_logits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pre_logits"), [row for row in MODELS if row[0] in LARGE])
-def test_shapes_of_large_models(name, pre_logits):
+@pytest.mark.parametrize(("name", "pre_logits"), [row for row in MODELS if row not in CHOSEN])
+def test_shapes_of_other_models(name, pre_logits):
     model = build(name, num_classes=21843, representation_size=pre_logits)
     for size in sizes(name):
         assert from_tree(shapes(model, size)) == model
@@ -58,43 +63,30 @@ def test_shapes_of_large_models(name, pre_logits):
 
 
 MEASURE = """
-import json, re, statistics, sys, time
+import json, re, sys
 from pathlib import Path
-import jax, numpy as np
+import jax
 from vit_jax.checkpoints.load import load
 
 def peak():  # getrusage would count what the parent had before this program was started
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-def seconds(act):
-    begin = time.perf_counter()
-    jax.block_until_ready(act())
-    return time.perf_counter() - begin
-
-def by_numpy():
-    with np.load(sys.argv[1]) as file:
-        return [file[name] for name in file.files]
-
 jax.block_until_ready(jax.numpy.zeros(1))
 before = peak()
 load(sys.argv[1])
-memory = peak() - before
-pairs = [(seconds(by_numpy), seconds(lambda: load(sys.argv[1]))) for _ in range(7)]
-print(json.dumps({"memory": memory, "ratio": statistics.median(ours / theirs for theirs, ours in pairs), "pairs": pairs}))
+print(json.dumps(peak() - before))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
-def test_loading_costs_little_more_than_numpy(tmp_path):
-    """B/16 with a head of 21,843 classes: time relative to np.load of all arrays, peak memory above that of the imports."""
+def test_loading_needs_little_more_memory_than_the_file(tmp_path):
+    """B/16 with a head of 21,843 classes: peak memory above that of the imports."""
     model, path = build("B/16", num_classes=21843), tmp_path / "x.npz"
     draw = np.random.default_rng(0)
     flat = {name: draw.standard_normal(leaf.shape, np.float32) for name, leaf in flatten_dict(shapes(model), sep="/").items()}
     save_npz(path, flat)
     command = [sys.executable, "-c", MEASURE, str(path)]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"peak {measured['memory'] / path.stat().st_size:.2f} of the file, {measured['ratio']:.2f} times as long as np.load")
-    assert measured["memory"] < 1.3 * path.stat().st_size
-    assert measured["ratio"] < 1.5, measured["pairs"]
+    assert measured < 1.3 * path.stat().st_size
     path.unlink()

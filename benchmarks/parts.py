@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from benchmarks import data
 from benchmarks.contestants import SEED, Ours, Work, by_turns, compare
 from benchmarks.measure import ROOT, Result, environment, ratio, repeated, say
 from vit_jax.config import Config
@@ -133,6 +134,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "startup": _startup,
     "evaluation": _evaluation,
     "loop": _loop,
+    "data": data.measure,
 }
 _CPU = "train inference --batch 8 --peer timm,original --model"
 _GPU, _BEST = "--model B/16 --dtype bfloat16", "timm+bf16+compile+channels_last"
@@ -145,6 +147,7 @@ SUITES = {
         "b16": f"{_CPU} B/16",
         "evaluation": "evaluation --model Ti/16 --batch 16 --images 128",
         "startup": "startup --model B/16 --batch 1",
+        "data": "data --rounds 5",
         "loop": "loop",
     },
     "gpu": {

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.__main__ import parse
+from benchmarks.page import table
 from benchmarks.parts import PARTS, _main_until, _missing_packages
 from vit_jax.errors import UserError
 
@@ -19,6 +20,21 @@ def test_loop_is_compared_with_its_step(pico):  # on one device
         pytest.skip(*note)
     (row,) = PARTS["loop"](parse(["--steps", "12"])).rows
     assert row["steps"] == 12 and row["overhead"] == pytest.approx(row["mean"] - row["alone"])
+
+
+@pytest.mark.slow
+def test_streamed_images_are_compared_with_resident_ones_and_with_decoding(pico):
+    result = PARTS["data"](parse([*pico, "--rounds", "1", "--images", "200", "--batch", "4"]))
+    assert [row["name"] for row in result.rows] == [
+        f"{kind}, {how}"
+        for kind, base in (("CIFAR", "resident"), ("JPEG, 500×375", "bare Pillow"), ("JPEG, several sizes", "bare Pillow"))
+        for how in (base, "streamed")
+    ]
+    assert (
+        all(row["images_per_second"] > 0 for row in result.rows)
+        and ["growth" in row for row in result.rows] == [False, True] * 3
+    )
+    assert table("data", result.rows).count("\n") == 7
 
 
 def test_main_py_that_fails_reports_its_error(tmp_path):

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -77,7 +77,7 @@ def number_of_workers(wanted: int) -> int:
 
 def read(
     source: Source, indices: Callable[[int], np.ndarray], workers: int, first: int = 0, count: int | None = None
-) -> Iterator[Examples]:
+) -> Generator[Examples]:
     """Reads batches ahead of their use, each by one of several worker processes.
 
     Workers that die, as the system ends them if memory is short, are replaced, and no batch is lost or repeated.

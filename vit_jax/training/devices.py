@@ -32,10 +32,13 @@ class Layout:
     def __init__(self, parallel: str, devices: list[jax.Device] | None = None):
         self.pmap = parallel == "pmap"
         self.devices = devices or jax.local_devices()
+        self._shardings: dict[tuple[Any, ...], NamedSharding] = {}
         self.mesh = jax.make_mesh((len(self.devices),), (_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
 
     def _sharding(self, *spec: Any) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        if spec not in self._shardings:  # kept, because making one takes as long as copying the indices of a batch
+            self._shardings[spec] = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return self._shardings[spec]
 
     def describe(self) -> str:
         """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "1 NVIDIA H100 80GB HBM3"."""
@@ -65,11 +68,11 @@ class Layout:
         """A batch shared among the devices along `axis` of every leaf, whose length they must divide."""
 
         def place(leaf):
-            spec = [None] * axis + [_AXIS]
             if self.pmap:
                 leaf = leaf.reshape(*leaf.shape[:axis], len(self.devices), -1, *leaf.shape[axis + 1 :])
-            return jax.device_put(leaf, self._sharding(*spec))
+            return jax.device_put(leaf, sharding)
 
+        sharding = self._sharding(*[None] * axis, _AXIS)
         return jax.tree.map(place, batch)
 
     def abstract(self, tree: Any, axis: int | None = None) -> Any:

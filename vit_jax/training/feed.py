@@ -36,11 +36,11 @@ class Feed:
         def split(leaf):
             return leaf.reshape(microbatches, size // microbatches, *leaf.shape[1:])
 
-        example_index = np.arange(size, dtype=np.int32)
+        example_index = self.layout.put_batch(split(np.arange(size, dtype=np.int32)), axis=1)
         indices = functools.partial(batches.train_batch, len(self), size, seed)
         for batch, _ in self._batches(indices, start, None):
-            batch = batch._replace(example_index=example_index)
-            yield self.layout.put_batch(jax.tree.map(split, batch), axis=1)
+            batch = self.layout.put_batch(jax.tree.map(split, batch), axis=1)
+            yield batch._replace(example_index=example_index)
 
     def evaluation(self, size: int) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Every image once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].

@@ -1,5 +1,6 @@
 """Examples that are read and decoded by Grain in worker processes, in the order of their batches."""
 
+import gc
 import itertools
 import logging
 import os
@@ -129,3 +130,5 @@ def read(
             _log.warning("a process that reads images was killed; others go on at the same batch")
         finally:
             running.close()
+            del running, reading
+            gc.collect()  # what was read ahead lies in shared memory and in circles of references

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vit_jax import images
 from vit_jax.errors import ImageError
-from vit_jax.images import fetch, image_files, open_image, read_image
+from vit_jax.images import fetch, image_files, open_image, other_files, read_image
 from vit_jax.resampling import center_crop, resize
 
 TOO_LARGE = r"has more than 89,478,485 pixels \(PIL.Image.MAX_IMAGE_PIXELS\): make it smaller, or raise the limit"
@@ -182,6 +182,18 @@ def test_image_files_are_sorted_and_not_hidden(tmp_path):
         (tmp_path / name).touch()
     assert [str(path.relative_to(tmp_path)) for path in image_files(tmp_path)] == ["a.webp", "b.JPG", "sub/c.png"]
     assert list(image_files(tmp_path / "notes.txt")) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a permission on Windows")
+def test_linked_folders_are_followed_once(tmp_path):
+    for name in ("photos/a.png", "elsewhere/b.png", "elsewhere/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    names = [str(path.relative_to(tmp_path)) for path in image_files(tmp_path / "photos")]
+    assert names == ["photos/a.png", "photos/more/b.png"]
+    assert [path.name for path in other_files(tmp_path / "photos")] == ["notes.txt"]
 
 
 @pytest.fixture(scope="module")

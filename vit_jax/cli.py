@@ -60,16 +60,22 @@ def call(function: Callable[[], int], advice: str = "") -> int:
         return 0
     except OSError as error:  # such as no permission or a full disk
         return fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
-    except MemoryError:
-        return fail(f"the machine has too little memory{advice and ': '}{advice}")
     except KeyboardInterrupt:
         print(_SIGNALS[signal.SIGINT], file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        # JAX is not imported here, so its error is recognised by name.
-        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
-            return fail(f"the device has too little memory{advice and ': '}{advice}")
+        if said := too_little_memory(error, advice):
+            return fail(said)
         raise
+
+
+def too_little_memory(error: Exception, advice: str = "") -> str:
+    """What to say about an error if it means that memory is short on the machine or the device; else ""."""
+    # JAX is not imported here, so its error is recognised by name.
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    if not of_jax and not isinstance(error, MemoryError):
+        return ""
+    return f"the {'device' if of_jax else 'machine'} has too little memory{advice and ': '}{advice}"
 
 
 def fail(message: object) -> int:

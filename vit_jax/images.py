@@ -43,19 +43,25 @@ def is_address(source: Any) -> bool:
 
 
 def image_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields the files below a folder that have the suffix of an image, in the order of their names, without hidden ones."""
-    for root, folders, files in os.walk(os.fspath(folder)):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(root, name)
+    """Yields the files below a folder that have the suffix of an image, in the order of their names, without hidden ones.
+
+    Links to folders are followed, each folder once.
+    """
+    return (path for path in _files(folder) if path.name.lower().endswith(SUFFIXES))
 
 
 def other_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields the files below a folder that have another suffix than an image's, without hidden ones."""
-    for root, folders, files in os.walk(os.fspath(folder)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in files if not name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    """Yields the files below a folder that have another suffix than an image's, likewise."""
+    return (path for path in _files(folder) if not path.name.lower().endswith(SUFFIXES))
+
+
+def _files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    seen = set[str]()
+    for root, folders, files in os.walk(os.fspath(folder), followlinks=True):
+        place = os.path.realpath(root)
+        folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(files) if not (name.startswith(".") or place in seen))
+        seen.add(place)
 
 
 def read_image(source: Source, size: tuple[int, int], name: str, crop: str = "none") -> np.ndarray:

@@ -3,8 +3,10 @@
 import threading
 import time
 
+import jax
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.files import locked
 from vit_jax.studies import grid
 
@@ -29,3 +31,25 @@ def test_cell_that_another_process_trains_is_waited_for(config, tmp_path, monkey
     thread.join()
     assert [name for name, _, _ in order] == ["b", "a"] and order[1][1]
     assert grid.result(cells[0], tmp_path)["test/accuracy"] == order[1][2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_cell_without_enough_memory_fails_and_the_next_one_runs(config, tmp_path, monkeypatch, error):
+    class Done:
+        finished, metrics = True, {"test/accuracy": 0.5}
+
+    def train(config, workdir):
+        if workdir.name == "large":
+            raise error
+        return Done
+
+    monkeypatch.setattr(grid.loop, "train", train)
+    found = {cell.name: value for cell, value in grid.run([grid.Cell(n, config) for n in ("large", "small")], tmp_path)}
+    assert found["small"] == Done.metrics
+    assert isinstance(found["large"], UserError) and "too little memory: raise training.grad_accum_steps" in str(found["large"])
+
+
+def test_other_errors_of_a_cell_are_raised(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid.loop, "train", lambda config, workdir: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(grid.run([grid.Cell("a", config)], tmp_path))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from vit_jax.config_files import to_json
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.models.variants import build, shapes
 from vit_jax.studies import vtab
@@ -118,6 +119,28 @@ def test_dry_run_lists_runs_and_cost(capsys):
     lines = capsys.readouterr().out.splitlines()
     # 2 runs of 500 steps of 512 images, 3 × 35.1 GFLOP an image
     assert len(lines) == 3 and "1 + 1 runs, at most 512,000 training images, 54." in lines[0] and lines[2].startswith("4 runs")
+
+
+def test_dry_run_leaves_out_what_is_finished(capsys, tmp_path):
+    command = [
+        "--models",
+        "mini_8",
+        "--tasks",
+        "cifar100_excerpt",
+        "--steps",
+        "6",
+        "--lrs",
+        "0.01,0.1",
+        "--output",
+        str(tmp_path),
+    ]
+    one = vtab.cell("mini_8", "cifar100_excerpt", 6, 0.1, (), search=True)
+    (tmp_path / one.name).mkdir(parents=True)
+    (tmp_path / one.name / "config.json").write_text(to_json(one.config))
+    (tmp_path / one.name / "metrics.jsonl").write_text('{"step": 6, "test/accuracy": 0.5}\n')
+    (tmp_path / one.name / "final.npz").touch()
+    assert vtab.main([*command, "--dry_run"]) == 0
+    assert "1 + 1 runs (1 finished), at most" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

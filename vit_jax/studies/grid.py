@@ -10,11 +10,13 @@ from typing import Any
 import jax
 
 from vit_jax import metrics
+from vit_jax.cli import too_little_memory
 from vit_jax.config import Config, difference
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, UserError, reason
 from vit_jax.files import FINAL_WEIGHTS, locked
 from vit_jax.training import loop
+from vit_jax.training.command import MEMORY_ADVICE
 from vit_jax.training.guard import Diverged
 from vit_jax.training.workdir import Busy
 
@@ -109,9 +111,15 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
                 busy.append(cell)
             except Diverged as error:
                 yield cell, {"diverged": str(error)}
-            except UserError as error:
-                print(f"{cell.name}: {reason(error, 1000)}", file=sys.stderr, flush=True)
-                yield cell, error
+            except Exception as error:
+                if isinstance(error, UserError):
+                    failure = error
+                elif said := too_little_memory(error, MEMORY_ADVICE):
+                    failure = UserError(said)
+                else:
+                    raise
+                print(f"{cell.name}: {reason(failure, 1000)}", file=sys.stderr, flush=True)
+                yield cell, failure
         if busy and not told:
             told = True
             print(

@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         for model, name in itertools.product(models, names)
     }
     if args.dry_run:
-        print("\n".join(describe(searches)))
+        print("\n".join(describe(searches, args.output)))
         return 0
     runtime.prepare()
     failed = 0
@@ -170,22 +170,26 @@ def _override(config: "Config", text: str) -> None:
         ) from None
 
 
-def describe(searches: dict[tuple[str, str], list["Cell"]]) -> Iterator[str]:
-    """The cells of a sweep and what they cost, as lines."""
+def describe(searches: dict[tuple[str, str], list["Cell"]], folder: Path) -> Iterator[str]:
+    """The cells of a sweep that are not finished in its folder, and what they cost, as lines."""
     from vit_jax.checkpoints.load import architecture
     from vit_jax.data.tasks import task
     from vit_jax.models.variants import flops
+    from vit_jax.studies.grid import result
 
-    total = 0.0
-    for (model, name), cells in searches.items():
+    total, number = 0.0, 0
+    for (model, name), every in searches.items():
+        cells = [one for one in every if result(one, folder) is None]
+        number += len(cells) + 1
         known = architecture(model)[0].clone(num_classes=task(name).num_classes or 1, representation_size=0)
-        largest = max(one.config.training.steps for one in cells)
+        largest = max(one.config.training.steps for one in every)
         images = sum(one.config.training.steps * one.config.training.batch_size for one in cells)
-        images += largest * cells[0].config.training.batch_size  # of the last training, at most
-        cost = 3 * images * flops(known, cells[0].config.data.image_size)
+        images += largest * every[0].config.training.batch_size  # of the last training, at most
+        cost = 3 * images * flops(known, every[0].config.data.image_size)
         total += cost
-        yield f"{model:12} {name:22} {len(cells)} + 1 runs, at most {images:,} training images, {cost / 1e15:,.1f} PFLOP"
-    number = sum(len(cells) + 1 for cells in searches.values())
+        finished = f" ({len(every) - len(cells)} finished)" if cells != every else ""
+        runs = f"{len(cells)} + 1 runs{finished}, at most {images:,} training images, {cost / 1e15:,.1f} PFLOP"
+        yield f"{model:12} {name:22} {runs}"
     hours = total / 1e14 / 3600
     yield f"{number} runs, at most {total / 1e15:,.1f} PFLOP; at 100 TFLOP/s {hours:,.1f} hours, without evaluation"
 

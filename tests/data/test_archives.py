@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from vit_jax.data import prepare, tasks
+from vit_jax.data import prepare
+from vit_jax.data.places import find_prepared
 from vit_jax.errors import DataError
 
 from .conftest import FINE, TEST, TRAIN, files_below
@@ -100,4 +101,4 @@ def refuse(task, archive, data_dir, message):
     assert task.archive.url in str(caught.value)
     assert "\n" not in str(caught.value)
     assert files_below(data_dir) == []
-    assert tasks.find_prepared(task, data_dir) is None
+    assert find_prepared(task, data_dir) is None

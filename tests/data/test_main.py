@@ -10,9 +10,9 @@ from PIL import Image
 
 from vit_jax.data import tasks
 from vit_jax.data.__main__ import main
+from vit_jax.data.places import find_prepared
 from vit_jax.data.prepare import prepare
 from vit_jax.data.splits import open_split
-from vit_jax.data.tasks import find_prepared
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vit_jax.data", "list"]

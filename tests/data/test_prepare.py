@@ -14,6 +14,7 @@ import pytest
 
 from vit_jax import fetch, transfer
 from vit_jax.data import prepare, tasks
+from vit_jax.data.places import find_prepared
 from vit_jax.data.splits import open_split
 from vit_jax.errors import DataError
 
@@ -100,7 +101,7 @@ def test_killed_preparation_is_not_found_and_its_files_are_removed_by_the_next(t
     done = subprocess.run([sys.executable, "-c", KILLED, pack(), data_dir], cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
     assert done.returncode == -signal.SIGKILL
     assert files_below(data_dir)  # it had begun to write
-    assert tasks.find_prepared(tiny, data_dir) is None
+    assert find_prepared(tiny, data_dir) is None
     folder = prepare.prepare(tiny, pack(), data_dir)
     assert {data_dir / name for name in files_below(data_dir)} == set(folder.iterdir())
 

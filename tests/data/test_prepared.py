@@ -9,9 +9,10 @@ from PIL import Image
 
 from vit_jax.config import Data
 from vit_jax.data import prepared
+from vit_jax.data.places import NotPrepared
 from vit_jax.data.prepare import _same_bytes_everywhere, _tfds_silent
 from vit_jax.data.splits import count, open_split
-from vit_jax.data.tasks import TASKS, NotPrepared, task
+from vit_jax.data.tasks import TASKS, task
 from vit_jax.errors import DataError
 
 VTAB = [row for row in TASKS.values() if row.group]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from vit_jax.data import prepare
+from vit_jax.data.places import NotPrepared, find_prepared
 from vit_jax.data.splits import open_split
-from vit_jax.data.tasks import TASKS, NotPrepared, find_prepared
+from vit_jax.data.tasks import TASKS
 from vit_jax.errors import DataError
 
 EXCERPT = TASKS["cifar100_excerpt"]

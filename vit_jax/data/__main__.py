@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import cli
-from vit_jax.data.tasks import OTHERS, TASKS, find_prepared, task
+from vit_jax.data.places import find_prepared
+from vit_jax.data.tasks import OTHERS, TASKS, task
 from vit_jax.errors import DataError, printable
 
 _GRID = (10, 10)  # the most rows (classes) and columns (images of a class) that `show` draws

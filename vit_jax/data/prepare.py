@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.archives import PLANES, Names, Splits, read_archive, record_bytes
+from vit_jax.data.places import data_root, find_prepared, find_version, prepare_command
 from vit_jax.data.prepared import how_to_prepare
-from vit_jax.data.tasks import Excerpt, Task, data_root, find_prepared, find_version, prepare_command
+from vit_jax.data.tasks import Excerpt, Task
 from vit_jax.errors import DataError, reason
 from vit_jax.fetch import Refused, Unreachable, download
 from vit_jax.files import locked

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.labels import RULES
+from vit_jax.data.places import NotPrepared, data_root, find_prepared, prepare_command
 from vit_jax.data.sources import Decoded, Source, empty_split, no_split, stored_shape
-from vit_jax.data.tasks import NotPrepared, Task, data_root, find_prepared, prepare_command
+from vit_jax.data.tasks import Task
 from vit_jax.errors import DataError, reason
 
 _RECORDS = 1000  # examples read at once

@@ -20,7 +20,7 @@ def open_split(
     Args:
       task: as `vit_jax.data.tasks.task` returns it.
       split: in TFDS's language, such as "test", "train[:98%]", "test[:64]" or "train+test".
-      data_dir: the directory of TFDS; "" for `vit_jax.data.tasks.data_root`. Not used for own images.
+      data_dir: the directory of TFDS; "" for `vit_jax.data.places.data_root`. Not used for own images.
       image_size: of the model's images in pixels; images of other sizes are held at up to twice this size.
       on_error: what to do with own images that cannot be read: "raise", or "skip" to leave them out.
 

@@ -31,7 +31,7 @@ _BATCHES = 16  # in a unit of work
 
 
 def _photos(folder: Path, shapes: list[tuple[int, int]], number: int) -> list[str]:
-    """Writes JPEG files in folders of two classes: colours that change smoothly, with noise, at about 2 bits a pixel."""
+    """Writes JPEG files in folders of two classes: colours that change smoothly, with noise, at about 3 bits a pixel."""
     draw = np.random.default_rng(SEED)
     for index, (width, height) in zip(range(number), itertools.cycle(shapes), strict=False):
         smooth = Image.fromarray(draw.integers(0, 256, (24, 32, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)

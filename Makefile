@@ -79,20 +79,20 @@ lowest = sed -nE '/^(\#|$$)/d; s/^([[:alnum:]_-]+)>=([0-9.]+).*/\1==\2/p; t; q1'
 .venv-lowest/.tools: requirements.txt pyproject.toml
 	@rm -rf .venv-lowest; mkdir .venv-lowest; $(call find_python,3.11); if [ -n "$$found" ]; then \
 		$$found -m venv .venv-lowest && { cat requirements.txt; $(call extra,test,$(LOWEST)); } | $(lowest) \
-			| $(LOWEST) -m pip install --no-compile --quiet --disable-pip-version-check -r /dev/stdin; fi
+			| $(LOWEST) -m pip install --quiet --disable-pip-version-check -r /dev/stdin; fi
 	@touch $@
 
 .venv-newest/.tools: requirements.txt pyproject.toml
 	@rm -rf .venv-newest; mkdir .venv-newest; $(call find_python,3.13 3.12); if [ -n "$$found" ]; then \
 		$$found -m venv .venv-newest && { cat requirements.txt; $(call extra,test,$(NEWEST)); } \
-			| $(NEWEST) -m pip install --no-compile --quiet --disable-pip-version-check -r /dev/stdin; fi
+			| $(NEWEST) -m pip install --quiet --disable-pip-version-check -r /dev/stdin; fi
 	@touch $@
 
 .venv-gpu-program/.tools: .venv-lowest/.tools
 	@rm -rf .venv-gpu-program; if [ -x $(LOWEST) ]; then \
 		jax=$$($(LOWEST) -c "import jax; print(jax.__version__)"); packages=$$(ls -d $$PWD/.venv-lowest/lib/python*/site-packages); \
 		$(LOWEST) -m venv .venv-gpu-program && echo "$$packages" >$$(ls -d .venv-gpu-program/lib/python*/site-packages)/lowest.pth && \
-		$(PLUGIN) -m pip install --no-compile --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax && \
+		$(PLUGIN) -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax && \
 		touch $@; \
 	fi || true
 
@@ -117,8 +117,7 @@ else
 
 RUN := .venv/bin/python
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
-# Without compiling what is installed, which takes longer than compiling what is imported.
-INSTALL := $(RUN) -m pip install --no-compile --quiet --disable-pip-version-check
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 product engine: .venv/.product
 tools: .venv/.tools

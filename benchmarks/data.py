@@ -44,7 +44,7 @@ def _photos(folder: Path, shapes: list[tuple[int, int]], number: int) -> list[st
 def _decode(paths: list[str]) -> None:
     for path in paths:
         with Image.open(path) as image:
-            np.asarray(image.convert("RGB"))
+            np.asarray(image)
 
 
 def _bare(pool: Any, workers: int, files: list[str], batch: int) -> Contestant:
@@ -60,7 +60,7 @@ def _bare(pool: Any, workers: int, files: list[str], batch: int) -> Contestant:
 
 
 def _streamed(source: Source, workers: int, batch: int) -> Contestant:
-    """Batches that processes of their own read, which are started and have read their first batches before time counts."""
+    """Batches that new worker processes read; the time until they have read their first ones is not counted."""
 
     def run(n: int) -> float:
         with contextlib.closing(stream.read(source, functools.partial(_order, len(source), batch), workers)) as batches:
@@ -87,7 +87,7 @@ def _resident_memory() -> float:
 def _growth(source: Source, workers: int, batch: int) -> float:
     """How much more memory the fifth epoch of a streamed split needs than the first one, in bytes."""
     order = functools.partial(_order, len(source), batch)
-    held, epoch = list[float](), len(source) // batch
+    held, epoch = list[float](), max(1, len(source) // batch)
     for number, _ in enumerate(stream.read(source, order, workers, 0, 5 * epoch)):
         held += [_resident_memory()] if number % epoch == epoch - 1 else []
     return held[-1] - held[0]

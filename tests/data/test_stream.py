@@ -89,8 +89,14 @@ class Deadly:
 
 
 def test_workers_that_always_die_are_an_error():
-    with pytest.raises(DataError, match="die again and again .* exit code 3.*lower run.data_workers"):
+    with pytest.raises(DataError, match="end at every attempt .* exit code 3.*lower run.data_workers"):
         next(stream.read(Deadly(), lambda number: number, 1))
+
+
+def test_program_from_standard_input_reads_the_images_itself(excerpt, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>")
+    assert_same(take(excerpt, 3), take(excerpt, 3, workers=0))
+    assert "this process reads the images" in caplog.text
 
 
 def test_error_of_a_worker_is_that_of_the_image(tmp_path):

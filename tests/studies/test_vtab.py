@@ -144,7 +144,16 @@ def test_dry_run_leaves_out_what_is_finished(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["training.batch=3", "training.batch_size", "training.batch_size=x", "seed=-1", "training.steps=3"]
+    "override",
+    [
+        "training.batch=3",
+        "training.batch_size",
+        "training.batch_size=x",
+        "seed=-1",
+        "training.steps=3",
+        "training.epochs=2",
+        "training.patience=3",
+    ],
 )
 def test_wrong_field_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):

@@ -120,6 +120,15 @@ def test_report_names_the_split_that_was_evaluated(demo):
     ]
 
 
+def test_steps_of_a_command_line_replace_the_epochs_of_a_file(tmp_path):
+    config = command.parse(["main.py", "--config", "demo", "--config.training.epochs=2"])[0]
+    (tmp_path / "config.json").write_text(to_json(config))
+    arguments = ["main.py", "--config", str(tmp_path / "config.json")]
+    assert command.parse(arguments)[0].training.epochs == 2
+    replaced = command.parse([*arguments, "--config.training.steps=9"])[0].training
+    assert (replaced.steps, replaced.epochs) == (9, 0)
+
+
 def test_report_says_that_patience_ended_the_run(demo):
     overrides = ["--config.data.validation_split=train[90%:]", "--config.training.patience=3", "--config.training.eval_every=5"]
     config, _ = command.parse([*demo, *overrides])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training.states import ABSTRACT, OPTIMIZER, read_state, restored, same, saved, state_at
-from vit_jax.config import Config
+from vit_jax.config import Config, with_steps
+from vit_jax.config_files import to_json
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import restore
 from vit_jax.training.saving import Saver
@@ -167,3 +168,11 @@ def test_states_of_another_configuration_are_refused(tmp_path):
     config.run.parallel = "pmap"  # changes no numbers
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate = 0.03 when it was saved, 0.5 now, training.steps = 1000"):
         restore.read_newest(tmp_path / "checkpoints", ABSTRACT, config)
+
+
+def test_epochs_of_another_number_of_images_are_not_resumed(config, tmp_path):
+    config.training.epochs = 2.0
+    saved = with_steps(config, 64)
+    restore._check_config(tmp_path, {"config": json.loads(to_json(saved))}, saved)
+    with pytest.raises(ConfigError, match="training.steps = 8 when it was saved, 16 now"):
+        restore._check_config(tmp_path, {"config": json.loads(to_json(saved))}, with_steps(config, 128))

@@ -160,6 +160,8 @@ def test_epochs_become_steps_by_the_table(config):
     config.data.task, config.data.train_split, config.training.epochs = "cifar100", "", 2.0
     run = target.Target(config, jax.devices()[:1])
     assert run.config.training.steps == 2 * 50_000 // 16
+    config.optimizer.warmup_steps = 100
+    assert run.changed(training_batch_size=1024).config.training.steps == 2 * 50_000 // 16
     config.data.task = "dtd"
     with pytest.raises(ConfigError, match="training.epochs: the number of images of dtd is not known; give training.steps"):
         target.Target(config, jax.devices()[:1])

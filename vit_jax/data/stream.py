@@ -1,5 +1,6 @@
 """Examples that are read and decoded by Grain in worker processes, in the order of their batches."""
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -50,6 +51,25 @@ def _prepare_worker(index: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keeps signals from the processes that are started meanwhile, which inherit this, until they ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _can_start_workers() -> bool:
+    """Whether Python can start processes that import this program, as it does on every system if the program is a file."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file is None or os.path.isfile(file)
+
+
 def _read_here(source: Source, indices: Callable[[int], np.ndarray], numbers: Iterable[int]) -> Iterator[Examples]:
     """Reads batches in this process, one of them ahead."""
     with ThreadPoolExecutor(1, "feed") as pool:
@@ -94,15 +114,18 @@ def read(
       Each batch as `Source.read` returns it. The workers end with the iterator.
 
     Raises:
-      DataError, ImageError: as `Source.read`; DataError if workers die again and again.
+      DataError, ImageError: as `Source.read`; DataError if workers end at every attempt.
     """
+    if workers and not _can_start_workers():
+        _log.warning("this process reads the images, because a program from standard input cannot start others")
+        workers = 0
     if not workers:
         yield from _read_here(source, indices, itertools.count(first) if count is None else range(first, first + count))
         return
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which only absl's own command lines parse
+    if not flags.FLAGS.is_parsed():  # Grain has flags, which only command lines of absl parse
         flags.FLAGS.mark_as_parsed()
     end, deaths = first + count if count is not None else sys.maxsize, 0
     while first < end:
@@ -114,21 +137,26 @@ def read(
             )
         )
         try:
-            while first < end:
-                yield _next(running)
+            with _signals_blocked():
+                found = _next(running)
+            while True:
+                yield found
                 first, deaths = first + 1, 0
-            return
+                if first == end:
+                    return
+                found = _next(running)
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
             deaths += 1
             if deaths > _RESTARTS:
                 raise DataError(
-                    f"the processes that read images die again and again ({error}): if memory is short, lower "
+                    f"the processes that read images end at every attempt ({error}): a script must begin its work below "
+                    '`if __name__ == "__main__":`; if memory or /dev/shm (docker run --shm-size) is short, lower '
                     "run.data_workers or training.batch_size; with run.data_workers=0 this process reads the images"
                 ) from None
             _log.warning("a process that reads images was killed; others go on at the same batch")
         finally:
             running.close()
             del running, reading
-            gc.collect()  # what was read ahead lies in shared memory and in circles of references
+            gc.collect()  # what was read ahead lies in shared memory, in reference cycles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -159,8 +160,8 @@ def _draw_attention(path: Path, classify: Classifier, drawn: list[tuple[str, Sou
         cropped = classify.model.eval_crop == "center"
         view = open_image(source, (_DRAWN_SIZE, _DRAWN_SIZE), name, keep_aspect=cropped)
         if cropped:  # the attention is that of this part
-            left, top, right, bottom = map(round, central_box(view, classify.image_size))
-            view = view.crop((left, top, right, bottom))
+            left, top, right, bottom = central_box(view, classify.image_size)
+            view = view.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
         view.thumbnail((_DRAWN_SIZE, _DRAWN_SIZE))
         views.append(np.asarray(view, np.float32) / 255)
     labels = [f"{found[0][0]} {found[0][1]:.1%}" for _, _, found in drawn]

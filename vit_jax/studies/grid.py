@@ -118,6 +118,9 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
                     failure = UserError(said)
                 else:
                     raise
+                failure.__context__ = failure.__cause__ = None
+                failure.with_traceback(None)  # whose frames hold the run's arrays
+                jax.clear_caches()
                 print(f"{cell.name}: {reason(failure, 1000)}", file=sys.stderr, flush=True)
                 yield cell, failure
         if busy and not told:

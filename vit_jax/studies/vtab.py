@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vit_jax.studies.grid import Cell
 
 STEPS, RATES = (500, 2500), (0.001, 0.003, 0.01, 0.03)  # the paper's grid
-_OWN = {"model.checkpoint", "data.task", "data.validation_split", "training.steps", "optimizer.learning_rate"}
+_OWN = {"model.checkpoint", "data.task", "data.validation_split", "training.steps", "training.epochs"}
+_OWN |= {"training.patience", "optimizer.learning_rate"}  # a search is evaluated once, at its end
 GROUPS = ("natural", "specialized", "structured")
 PAPER = Path(__file__).parents[1] / "assets" / "augreg_vtab.csv"
 PRETRAINING = "ImageNet-21k (300ep)"  # of the files that the names of models mean

@@ -158,8 +158,11 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
         raise ConfigError(f"unexpected argument {rest[1]!r}; values are given with =, as in --config.augment.flip=False")
     if not (values["config"].present or values.help):
         raise ConfigError(f"name a configuration, as in {argv[0]} --config demo")
-    if values.config.training.epochs and any(re.match(r"--?config\.training\.steps\b", argument) for argument in argv):
+    given = [name for name in ("steps", "epochs") if any(re.match(rf"--?config\.training\.{name}\b", text) for text in argv)]
+    if len(given) == 2:
         raise ConfigError("give training.steps or training.epochs, not both")
+    if given == ["steps"]:
+        values.config.training.epochs = 0.0  # of the file
     if values.dry_run and values.eval_only:
         raise ConfigError("--dry_run and --eval_only exclude each other")
     _check_target(values)
@@ -232,7 +235,8 @@ def report(config: Config, metrics: dict[str, float]) -> str:
         measured = "validation accuracy" if validation else on_split("accuracy")
         lines.append(f"Best {measured} {best}, chosen on {chosen}{tested}")
         patience = config.training.patience
-        if patience and metrics["step"] - metrics["best/step"] >= patience * config.training.eval_every:
+        early = config.training.epochs or metrics["step"] < config.training.steps
+        if early and patience and metrics["step"] - metrics["best/step"] >= patience * config.training.eval_every:
             lines.append(f"Training ended, as training.patience asks: no better validation accuracy in {patience} evaluations")
     lines += [f"Expected {name.replace('test/', 'test ')}: {figure(name, value)}" for name, value in expected.items()]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ class Feed:
     def __len__(self) -> int:
         return len(self.source)
 
-    def train(self, size: int, microbatches: int, seed: int, start: int) -> Iterator[Batch]:
+    def train(self, size: int, microbatches: int, seed: int, start: int) -> Generator[Batch]:
         """Endless batches of `size` from step `start` on, leaves [microbatches, size / microbatches, …]."""
 
         def split(leaf):

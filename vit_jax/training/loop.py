@@ -1,5 +1,6 @@
 """The training loop: next batch → dispatch → read the metrics of the step before → evaluate → save."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -47,8 +48,9 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     with lock_workdir(workdir, parts.config), Guard() as guard, Saver(workdir, parts.meta, parts.config) as saver:
         state = _first_state(parts, saver, workdir)
         step = start = int(jax.device_get(state.step))
-        batches = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, parts.config.seed, start)
-        with journal.Journal(workdir, start, settings.steps) as log, jax.transfer_guard("disallow"):
+        feeding = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, parts.config.seed, start)
+        logging = journal.Journal(workdir, start, settings.steps)
+        with contextlib.closing(feeding) as batches, logging as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start)
             for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)

@@ -24,24 +24,39 @@ def evaluate(parts: Parts, params: Any, step: int, saver: Saver | None = None) -
     split are then written to its folder, and `saver` keeps the best parameters. Without `saver`, every split is measured.
     Raises guard.Diverged if a loss of a run is not finite.
     """
-    found: dict[str, float] = {}
-    if parts.validation_feed:
-        found = _measure(parts, params, "validation", parts.validation_feed)[0]
+    found = _validate(parts, params)
+    if saver and found:
         _keep_best(parts, params, step, saver, found)
-    if saver is None or saver.finished(step) or not found:
-        tested, logits, labels = _measure(parts, params, "test", parts.test_feed)
-        found |= tested
-        _keep_best(parts, params, step, saver, found)
-        if saver and saver.finished(step):
-            with whole_file(saver.workdir / PREDICTIONS) as file:
-                np.savez(file, logits=logits, labels=labels)
-    return found
+        if not saver.finished(step):
+            return found
+    tested, predicted = _test(parts, params)
+    if saver and not found:
+        _keep_best(parts, params, step, saver, tested)
+    if saver and saver.finished(step):
+        _write(saver, step, tested, predicted)
+    return found | tested
 
 
-def _keep_best(parts: Parts, params: Any, step: int, saver: Saver | None, found: dict[str, float]) -> None:
-    if saver:
-        Guard.check(step, found)
-        saver.update_best(step, found[f"{parts.chosen_on}/accuracy"], params)
+def _keep_best(parts: Parts, params: Any, step: int, saver: Saver, found: dict[str, float]) -> None:
+    Guard.check(step, found)
+    saver.update_best(step, found[f"{parts.chosen_on}/accuracy"], params)
+
+
+def _write(saver: Saver, step: int, tested: dict[str, float], predicted: dict[str, np.ndarray]) -> None:
+    """Writes the predictions of the last step, unless its metrics are not finite."""
+    Guard.check(step, tested)
+    with whole_file(saver.workdir / PREDICTIONS) as file:
+        np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
+
+
+def _validate(parts: Parts, params: Any) -> dict[str, float]:
+    return _measure(parts, params, "validation", parts.validation_feed)[0] if parts.validation_feed else {}
+
+
+def _test(parts: Parts, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The metrics of the test split, and its logits and labels."""
+    found, logits, labels = _measure(parts, params, "test", parts.test_feed)
+    return found, {"logits": logits, "labels": labels}
 
 
 def _measure(parts: Parts, params: Any, split: str, feed: Feed) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
@@ -62,7 +77,10 @@ def complete(parts: Parts, params: Any, saver: Saver, step: int, log: journal.Jo
         return found
     has_line = found.get("step") == step
     if not (has_line and has_predictions(saver.workdir / PREDICTIONS, parts.sources.test)):
-        found = {"step": step, **evaluate(parts, params, step, saver)}
+        # The best state stays what it is: measured again, elsewhere, this one could be better by a rounding error.
+        tested, predicted = _test(parts, params)
+        found = {"step": step, **_validate(parts, params), **tested}
+        _write(saver, step, found, predicted)
         if not has_line:
             log.write(step, {name: value for name, value in found.items() if name != "step"})
     return found | _test_best(parts, saver, found, log)

@@ -150,6 +150,7 @@ class Target:
         if config.training.epochs and not self.images["training"]:
             raise ConfigError(f"training.epochs: the number of images of {row.name} is not known; give training.steps")
         config = with_steps(config, self.images["training"])
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=0.0))  # for other batch sizes
         self.row, model = row, _base_model(config, row)
         self.config = dataclasses.replace(config, model=resolve_auto(config.model, model))
         self.model, self.optimizer, _, self.programs = build_programs(self.config, model, self.layout)

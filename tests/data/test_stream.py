@@ -94,7 +94,7 @@ def test_workers_that_always_die_are_an_error():
 
 
 def test_program_from_standard_input_reads_the_images_itself(excerpt, monkeypatch, caplog):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
     assert_same(take(excerpt, 3), take(excerpt, 3, workers=0))
     assert "this process reads the images" in caplog.text
 

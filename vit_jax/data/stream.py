@@ -82,6 +82,18 @@ def _read_here(source: Source, indices: Callable[[int], np.ndarray], numbers: It
             yield ahead.result()
 
 
+def _start(batches: _Batches, workers: int) -> Any:
+    """Grain's iterator over batches, whose workers start with its first one."""
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # Grain has flags, which only command lines of absl parse
+        flags.FLAGS.mark_as_parsed()
+    reading = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    options = grain.MultiprocessingOptions(num_workers=min(workers, len(batches)), per_worker_buffer_size=1)
+    return iter(reading.mp_prefetch(options, _prepare_worker))
+
+
 def _next(running: Iterator[list[np.ndarray]]) -> Examples:
     """The next batch, in copies, because the shared memory that it arrives in is freed with the last reference to it."""
     images, labels, *sizes = map(np.array, next(running))
@@ -122,20 +134,9 @@ def read(
     if not workers:
         yield from _read_here(source, indices, itertools.count(first) if count is None else range(first, first + count))
         return
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # Grain has flags, which only command lines of absl parse
-        flags.FLAGS.mark_as_parsed()
     end, deaths = first + count if count is not None else sys.maxsize, 0
     while first < end:
-        batches = grain.MapDataset.source(_Batches(source, indices, first, end - first))
-        reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        running = iter(
-            reading.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=min(workers, end - first), per_worker_buffer_size=1), _prepare_worker
-            )
-        )
+        running = _start(_Batches(source, indices, first, end - first), workers)
         try:
             with _signals_blocked():
                 found = _next(running)
@@ -158,5 +159,5 @@ def read(
             _log.warning("a process that reads images was killed; others go on at the same batch")
         finally:
             running.close()
-            del running, reading
+            del running
             gc.collect()  # what was read ahead lies in shared memory, in reference cycles

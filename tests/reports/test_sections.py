@@ -117,7 +117,7 @@ def test_training_images_equal_the_inputs_of_the_model(run, monkeypatch):
             jax.debug.callback(seen.append, images)
             return jnp.zeros((len(images), 10))
 
-    index = next(batches.train(len(source), config.training.batch_size, config.seed))
+    index = batches.train_batch(len(source), config.training.batch_size, config.seed, 0)
     images, labels = source.take(index)
     forward = loss_of(Model(), for_training(config.augment, config.data.image_size), config.seed)
     batch = Batch(jnp.arange(len(index), dtype=jnp.int32), None, jnp.asarray(images), jnp.asarray(labels))

@@ -5,8 +5,6 @@ anywhere sees what the uninterrupted run sees.
 """
 
 import functools
-import itertools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,12 +16,6 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     # Raw bits and a stable sort: unlike `Generator.permutation`, NumPy promises that they never change (NEP 19).
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(n)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
-
-
-def train(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Returns the endless batches from step `start` on; arguments, results and errors as of `train_batch`."""
-    _check(n, size, start)
-    return (train_batch(n, size, seed, step) for step in itertools.count(start))
 
 
 def train_batch(n: int, size: int, seed: int, step: int) -> np.ndarray:
@@ -56,33 +48,29 @@ def _kept_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order(n, seed, epoch).astype(np.int32)
 
 
-def evaluation(n: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Returns the batches of one pass over all examples in their own order, the last one padded.
+def evaluation_batch(n: int, size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one of the ⌈n / size⌉ batches of a pass over all examples in their own order, the last one padded.
 
     Args:
       n: number of examples.
       size: examples in a batch.
+      number: of the batch, counted from 0.
 
     Returns:
-      An iterator over (indices int32 [size], mask bool [size]). The mask is True exactly once for each example; the index is
-      0 if the mask is False.
+      Indices int32 [size] and a mask bool [size]. Over all batches the mask is True exactly once for each example; the index
+      is 0 if the mask is False.
 
     Raises:
-      DataError: if `n` or `size` is less than 1.
+      DataError: if `n` or `size` is less than 1, or `number` is negative.
     """
-    _check(n, size)
-    return (evaluation_batch(n, size, number) for number in range(-(-n // size)))
-
-
-def evaluation_batch(n: int, size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns one of the batches of `evaluation`, counted from 0."""
+    _check(n, size, number)
     index = np.arange(number * size, (number + 1) * size, dtype=np.int32)
     mask = index < n
     return np.where(mask, index, np.int32(0)), mask
 
 
-def _check(n: int, size: int, step: int = 0) -> None:
+def _check(n: int, size: int, number: int) -> None:
     if n < 1 or size < 1:
         raise DataError(f"batches of {size} from {n} examples: expected at least one of each")
-    if step < 0:
-        raise DataError(f"batches from step {step}: expected a step from 0 on")
+    if number < 0:
+        raise DataError(f"batch {number}: batches are counted from 0")

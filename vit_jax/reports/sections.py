@@ -91,7 +91,7 @@ def learning_figures(run: Run) -> Iterator[CaptionedFigure]:
 def training_figures(run: Run) -> Iterator[CaptionedFigure]:
     """Yields the first images of the first batch, as stored and as the run's own transforms give them to the model."""
     config, source = run.config, run.train
-    index = next(batches.train(len(source), config.training.batch_size, config.seed))[:_GRID]
+    index = batches.train_batch(len(source), config.training.batch_size, config.seed, 0)[:_GRID]
     originals, labels, sizes = source.read(index)
     keys = example_keys(stream(config.seed, AUGMENT), 0, jnp.arange(len(index), dtype=jnp.int32))
     transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))

@@ -17,6 +17,7 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
 from vit_jax.training.feed import Feed
+from vit_jax.training.target import size as size_of
 
 _Split = TypeVar("_Split")
 _LONG = 20.0  # seconds of a first call, set-up included, above which one measurement is exact enough
@@ -52,10 +53,6 @@ def without_download(config: Config) -> Config:
     _say(f"{name} is not on this machine: random weights of the same shapes ({row.variant}) are used")
     model = dataclasses.replace(config.model, checkpoint="", variant=row.variant, keep_head=AUTO)
     return dataclasses.replace(config, model=model)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _seconds(act: Callable[[], Any]) -> float:
@@ -162,7 +159,7 @@ def preview(config: Config) -> str:
     data = {kind: feed.data for kind, feed in feeds.items()}
     images = describe_images({kind: f"{len(feed):,}" for kind, feed in feeds.items()}, data)
     needed = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    others, best = {kind: _bytes(split) for kind, split in evaluated(data).items()}, _bytes(parts.params)
+    others, best = {kind: size_of(split) for kind, split in evaluated(data).items()}, size_of(parts.params)
     lines = [
         *describe_shapes(config, parts.model, parts.params, images, layout),
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "

@@ -49,8 +49,8 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
         state = _first_state(parts, saver, workdir)
         step = start = int(jax.device_get(state.step))
         feeding = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, parts.config.seed, start)
-        logging = journal.Journal(workdir, start, settings.steps)
-        with contextlib.closing(feeding) as batches, logging as log, jax.transfer_guard("disallow"):
+        writing = journal.Journal(workdir, start, settings.steps)
+        with contextlib.closing(feeding) as batches, writing as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start)
             for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)

@@ -27,14 +27,15 @@ test-full: tools  ## all tests, optimised, with samples in full size: damaged fi
 	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all VIT_JAX_SWEEP=3 $(RUN) $(PYTEST)
 
 LOWEST := .venv-lowest/bin/python
-test-lowest: .venv-lowest/.tools  ## all tests but the demo's with the lowest versions of the requirements, on Python 3.11
-	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) -m "not demo"; else echo "test-lowest is skipped: no Python 3.11 here"; fi
+# What depends most on the numbers that compiled programs give, once in CI: optimised, with the newest versions.
+NUMBERS := tests/models tests/transforms tests/training/test_step.py tests/formats/test_oracles.py tests/test_runs.py
+test-lowest: .venv-lowest/.tools  ## all tests but those of numbers with the lowest versions of the requirements, on Python 3.11
+	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) $(addprefix --ignore=,$(NUMBERS)); \
+	else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-# What depends most on the numbers that compiled programs give, and the demo; `make test-full` compiles all optimised.
-NUMBERS := tests/models tests/transforms tests/training/test_step.py tests/formats/test_oracles.py tests/test_runs.py
-test-newest: .venv-newest/.tools  ## `make test` and the demo's test with the newest versions, on Python 3.13 (else 3.12); numbers optimised
-	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not slow or demo" $(NUMBERS) \
+test-newest: .venv-newest/.tools  ## `make test` and all tests of numbers with the newest versions, on Python 3.13 (else 3.12)
+	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) $(NUMBERS) \
 		&& $(NEWEST) $(PYTEST) -m "not slow" $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 

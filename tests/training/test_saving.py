@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -54,28 +55,41 @@ def test_best_parameters_are_a_copy(tmp_path):
 
 
 FULL = """
-import resource, signal, sys
+import os, resource, signal, sys
 from pathlib import Path
-from tests.training.states import saved, state_at
-from vit_jax.errors import ConfigError, TrainingError
+from tests.training.states import ABSTRACT, saved, state_at
+from vit_jax.config import Config
+from vit_jax.errors import TrainingError
+from vit_jax.training.saving import Saver
 workdir = Path({workdir!r})
 saved(workdir, steps=(1, 2))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # what a full disk does, without one: every write fails
-try:
-    saved(workdir, steps=(3,))
-except TrainingError as error:
-    print("error:", error)
+with Saver(workdir, {{}}, Config()) as saver:
+    saver.restore(ABSTRACT)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1))  # what a full disk does, without one: writing fails
+    saver.save(state_at(3))
+    saver.save(state_at(4))
+    try:
+        saver.save(state_at(5), last=True)
+    except TrainingError as error:
+        print("error:", error)
+    print(sorted(os.listdir(workdir / "checkpoints")))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    saver.save(state_at(6))
+print(sorted(os.listdir(workdir / "checkpoints")))
 """
 
 
-def test_full_disk_damages_no_saved_state(tmp_path):
-    code = FULL.format(workdir=str(tmp_path))
+@pytest.mark.parametrize("limit", [64, 700])  # the first file, and one after it
+def test_full_disk_costs_only_the_states_of_its_time(tmp_path, limit):
+    code = FULL.format(workdir=str(tmp_path), limit=limit)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.stdout.count("\n") == 1, done.stderr
-    assert "error: saving in" in done.stdout and "free some space" in done.stdout
-    state, _ = restored(tmp_path)
-    assert same(state, state_at(2))
+    error, full, free = done.stdout.splitlines()
+    assert error.startswith(f"error: saving step 5 in {tmp_path} failed (") and "free some space" in error
+    assert (full, free) == ("['1', '2']", "['2', '6']")
+    for step in (3, 4):
+        assert f"saving step {step} in {tmp_path} failed (File too large" in done.stderr and "the run goes on" in done.stderr
+    assert same(restored(tmp_path)[0], state_at(6))
     assert same(read_npz(tmp_path / "best.npz"), state_at(1).params)
 
 
@@ -127,14 +141,31 @@ def test_weights_always_have_their_description(tmp_path, monkeypatch):
     assert renamed == ["final.json", "final.npz"]
 
 
-def test_failed_save_does_not_wait_for_its_threads(tmp_path, monkeypatch):
-    saved(tmp_path)
-    with pytest.raises(TrainingError, match="saving in .* failed .*No space left"), Saver(tmp_path, {}, Config()) as saver:
-        saver.restore(ABSTRACT)
+def test_save_waits_for_what_must_not_be_older(tmp_path, caplog):
+    """Without the lines of metrics.jsonl, a state would resume a run whose lines are lost."""
 
-        def fails(*args, **kwargs):
-            raise OSError(28, "No space left on device")
+    def flush():
+        raise OSError(28, "No space left on device", "metrics.jsonl")
 
-        monkeypatch.setattr(saver._manager, "save", fails)
-        monkeypatch.setattr(saver._manager, "close", lambda: pytest.fail("this may wait for minutes"))
-        saver.save(state_at(4))
+    with Saver(tmp_path, {}, Config()) as saver:
+        saver.save(state_at(1), flush)
+        assert not restore.steps(tmp_path / "checkpoints") and "saving step 1" in caplog.text
+        with pytest.raises(TrainingError, match="saving step 2 in .* failed .*No space left"):
+            saver.save(state_at(2), flush, last=True)
+
+
+def test_save_does_not_wait_until_the_state_is_durable(tmp_path, monkeypatch):
+    began, may_end = threading.Event(), threading.Event()
+    original = restore.make_record
+
+    def slow(*args):
+        began.set()
+        assert may_end.wait(60)
+        return original(*args)
+
+    monkeypatch.setattr(restore, "make_record", slow)
+    with Saver(tmp_path, {}, Config()) as saver:
+        saver.save(state_at(1))
+        assert began.wait(60) and not restore.steps(tmp_path / "checkpoints")
+        may_end.set()
+    assert same(restored(tmp_path)[0], state_at(1))

@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, TensorBoard events, a progress bar."""
 
+import collections
 import contextlib
 import json
 import os
@@ -8,8 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from vit_jax.errors import printable
+from vit_jax.errors import printable, reason
 from vit_jax.files import whole_file
 from vit_jax.metrics import FILE, read
 from vit_jax.training.guard import Diverged
@@ -47,7 +49,10 @@ def say(text: str) -> None:
 
 
 class Journal:
-    """Writes one line a step. Opened at step `start`, it drops what an earlier start wrote past that step."""
+    """Writes one line a step. Opened at step `start`, it drops what an earlier start wrote past that step.
+
+    On a full disk, lines of metrics.jsonl wait in memory, and TensorBoard gets no more events from this start.
+    """
 
     def __init__(self, workdir: Path, start: int, steps: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -60,12 +65,13 @@ class Journal:
         with whole_file(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start).encode())
         self._closing = contextlib.ExitStack()
-        self._file = self._closing.enter_context(path.open("a"))
+        self._file = self._closing.enter_context(path.open("ab", buffering=0))
+        self._waiting: collections.deque[bytes] = collections.deque()  # lines that are not in the file
+        self._full = False  # whether it is said that they wait
         # Not SummaryWriter: a full disk ends its thread, and the next write then waits for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
-        self._closing.callback(self._board.close)
-        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops the events from there on
+        self._board: Any = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
+        self._closing.callback(lambda: self._on_board("close"))
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -76,18 +82,48 @@ class Journal:
             smoothing=0.05,
         )
         self._closing.callback(self._bar.close)
+        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops the events from there on
         self._shown: dict[str, str] = {}
 
     def _event(self, step: int, **content: object) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._on_board("write_event", Event(wall_time=time.time(), step=step, **content))
+
+    def _on_board(self, operation: str, *arguments: object) -> None:
+        try:
+            if self._board:
+                getattr(self._board, operation)(*arguments)
+        except OSError as error:  # which may have cut an event short: no reader gets past that
+            with contextlib.suppress(OSError):
+                self._board._py_recordio_writer.close()  # the public function fails before it closes the file
+            self._board = None
+            self.say(f"TensorBoard gets no more events from this start ({reason(error)})")
+
+    def _append(self) -> None:
+        """Writes the waiting lines to metrics.jsonl, each of them whole or not at all; raises OSError."""
+        while self._waiting:
+            end, rest = self._file.tell(), self._waiting[0]
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                self._file.truncate(end)
+                self._file.seek(end)
+                raise OSError(error.errno, error.strerror, str(self._workdir / FILE)) from None
+            self._waiting.popleft()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One step's line, {"step": …} and `metrics`; the bar moves to that step."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        try:
+            self._append()
+        except OSError as error:
+            if not self._full:
+                self.say(f"{error.filename} cannot be written ({reason(error)}): its lines wait in memory")
+        self._full = bool(self._waiting)
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._event(step, summary=Summary(value=values))
         self._shown |= {name: _SHOWN[name][0].format(value) for name, value in metrics.items() if name in _SHOWN}
@@ -95,9 +131,9 @@ class Journal:
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
-        """Makes every line written so far durable."""
-        self._board.flush()
-        self._file.flush()
+        """Makes every line written so far durable; raises OSError if metrics.jsonl cannot be written."""
+        self._on_board("flush")
+        self._append()
         os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
@@ -114,8 +150,9 @@ class Journal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if isinstance(error, Diverged):
-                self._file.write(json.dumps(error.line) + "\n")
-            self._closing.close()
+                self._waiting.append(json.dumps(error.line).encode() + b"\n")
+            with self._closing:
+                self._append()
         except OSError:  # mostly a full disk; an error that is already raised says more
             if error is None:
                 raise

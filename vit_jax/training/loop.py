@@ -66,8 +66,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
                 log.write(step, line)
                 stop = guard.stop or saver.finished(step)  # read once: what ends the run is also what saves it
                 if saves or stop:
-                    log.flush()
-                    saver.save(layout.gather(state))
+                    saver.save(layout.gather(state), log.flush, last=stop)
                 if stop:
                     break
                 meter.restart()

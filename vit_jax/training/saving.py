@@ -2,12 +2,18 @@
 
 A saved state holds the best parameters next to its own, so the newest state never refers to best parameters that are not
 saved. `restore.py` reads the states.
+
+One thread hashes and writes while the training goes on. Orbax writes in that thread and not in its own ones, which keep a
+process waiting for minutes after a failure and report it at a later save.
 """
 
+import concurrent.futures
+import contextlib
 import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,7 +66,8 @@ class Saver:
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
         self.best_params: Any = None
         self._manager: Any = None
-        self._broken = False  # a save has failed
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
+        self._saving: concurrent.futures.Future[None] | None = None
         restore.ignore_late_callbacks()
 
     def restore(self, abstract: TrainState) -> TrainState | None:
@@ -77,18 +84,18 @@ class Saver:
         for step in restore.steps(self._folder)[_KEPT:]:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
         self.best, self.best_params = saved.record["best"], saved.best_params
-        self._open()  # which removes states that a killed process was writing
+        with self._reporting(last=True):
+            self._open()  # which removes states that a killed process was writing
         return saved.state
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
-            try:
-                self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
-            except Exception as error:
-                raise self._failed(error) from error
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
         return self._manager
 
     def update_best(self, step: int, accuracy: float, params: Any) -> None:
@@ -106,39 +113,69 @@ class Saver:
             return False
         return step - self.best["step"] >= settings.patience * settings.eval_every
 
-    def save(self, state: TrainState) -> None:
-        """Begins to save a state that is on the host, and writes best.npz if it is new; returns before the state is durable."""
-        import orbax.checkpoint as ocp
+    def save(self, state: TrainState, flush: Callable[[], None] = lambda: None, last: bool = False) -> None:
+        """Begins to save a state that is on the host, and best.npz if it is new; returns before the state is durable.
 
+        Waits for the save before. A save that fails is logged; the states before it stay, and the next call starts afresh.
+
+        Args:
+          state: with its step.
+          flush: makes durable what must not be older than the state; its errors count as those of the save.
+          last: the run ends with this state. Returns when it is durable; raises TrainingError if it cannot be saved.
+        """
         step = int(state.step)
+        if self._saving:
+            concurrent.futures.wait([self._saving])
         if step in restore.steps(self._folder):
             return
         if self.best is not None:
             self.best_params = jax.device_get(self.best_params)
+        with self._reporting(last, step):
+            flush()
+            self._saving = self._thread.submit(self._save, state, self.best, self.best_params, last)
+            if last:
+                self._saving.result()
+
+    def _save(self, state: TrainState, best: dict[str, float] | None, best_params: Any, last: bool) -> None:
+        """Saves a state with the best parameters of its time; the work of the saver's thread."""
+        import orbax.checkpoint as ocp
+
+        step = int(state.step)
         items = {"state": restore.flat(state)}
-        if self.best is not None and self.best["step"] != step:
-            items["best"] = restore.flat(self.best_params)
-        record = restore.make_record(items, self.best, self._config, self._meta, state.params)
-        saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
+        if best is not None and best["step"] != step:
+            items["best"] = restore.flat(best_params)
+        with self._reporting(last, step):
+            record = restore.make_record(items, best, self._config, self._meta, state.params)
+            saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
+            try:
+                self._write_best(best, best_params)
+                self._open().save(step, args=ocp.args.Composite(**saved, record=ocp.args.JsonSave(record)))
+            except BaseException:
+                self._manager = None  # it would not save this step again
+                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+
+    @contextlib.contextmanager
+    def _reporting(self, last: bool, step: int | None = None) -> Iterator[None]:
+        """Logs an error of the block or, if the run cannot go on without it, raises it as TrainingError."""
         try:
-            self._write_best()
-            self._open().save(step, args=ocp.args.Composite(**saved, record=ocp.args.JsonSave(record)))
-        except Exception as error:
-            raise self._failed(error) from error
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:  # of many kinds, by Orbax and TensorStore
+            saving = f"saving{f' step {step}' * (step is not None)} in {self.workdir} failed ({reason(error, 300)})"
+            if not last:
+                _log.warning("%s. Earlier states are unchanged; the run goes on, and its next save tries again", saving)
+                return
+            raise TrainingError(
+                f"{saving}. Earlier states are unchanged; free some space and give the same command again to continue"
+            ) from error
 
-    def _failed(self, error: Exception) -> TrainingError:
-        self._broken = True
-        if isinstance(error, TrainingError):
-            return error
-        return TrainingError(
-            f"saving in {self.workdir} failed ({reason(error, 300)}). Earlier states are unchanged; free some space "
-            "and give the same command again to continue"
-        )
-
-    def _write_best(self) -> None:
-        if self.best is not None and self._written != self.best["step"]:
-            self._write(BEST_WEIGHTS, self.best_params, self.best, may_be_there=self._written is None)
-            self._written = self.best["step"]
+    def _write_best(self, best: dict[str, float] | None, params: Any) -> None:
+        if best is not None and self._written != best["step"]:
+            self._write(BEST_WEIGHTS, params, best, may_be_there=self._written is None)
+            self._written = best["step"]
 
     def _write(self, name: str, params: Any, of: dict[str, Any], may_be_there: bool) -> None:
         """Writes weights with their JSON, unless an earlier start has left both whole; reports what is damaged."""
@@ -164,35 +201,20 @@ class Saver:
             return False
 
     def export(self, state: TrainState, accuracy: float) -> None:
-        """Writes best.npz and final.npz, as far as they are not whole already, once every state is durable.
+        """Writes best.npz and final.npz, as far as they are not whole already, once the last state is durable.
 
         Raises:
           TrainingError: if they cannot be written.
         """
-        self.wait()
-        try:
-            self._write_best()
+        with self._reporting(last=True):
+            self._write_best(self.best, self.best_params)
             of = {"step": int(state.step), "accuracy": accuracy}
             self._write(FINAL_WEIGHTS, state.params, of, may_be_there=True)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def wait(self) -> None:
-        """Returns when what was saved is durable; TrainingError if it could not be saved."""
-        try:
-            if self._manager is not None:
-                self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._manager is None or self._broken:  # closing would wait for what cannot be saved
-            return
-        try:
+        self._thread.shutdown()  # which waits for the save that is under way
+        if self._manager is not None:
             self._manager.close()
-        except Exception as failure:
-            if error is None:
-                raise self._failed(failure) from failure

@@ -1,6 +1,8 @@
 """States that are damaged, vanish or belong to another run, and what is read in their place."""
 
+import collections
 import json
+import random
 import shutil
 
 import jax
@@ -45,6 +47,38 @@ def test_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage, cap
     assert list((tmp_path / "checkpoints").glob("damaged-3-*"))  # set aside, not thrown away
     saved(tmp_path, steps=(3,))  # the step is free to be saved again
     assert same(restored(tmp_path)[0], state_at(3))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the states 2 and 3, whose best parameters are those of step 1."""
+    folder = tmp_path_factory.mktemp("whole")
+    saved(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["bits", "truncated", "emptied", "removed"])
+def test_damage_of_any_file_is_reported_or_has_no_effect(tmp_path, whole, damage, caplog):
+    newest, draw, effects = tmp_path / "checkpoints" / "3", random.Random(0), collections.Counter()
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        spoilt = {"truncated": content[: draw.randrange(len(content) or 1)], "emptied": b"", "bits": bytearray(content)}
+        for _ in range(3 * bool(content)):
+            spoilt["bits"][draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.unlink()
+        if damage in spoilt:
+            path.write_bytes(spoilt[damage])
+        caplog.clear()
+        found = restore.read_newest(tmp_path / "checkpoints", ABSTRACT, Config())
+        damaged = "the state of step 3 is damaged" in caplog.text
+        assert same(found.state, state_at(2 if damaged else 3)), path
+        assert same(found.best_params, state_at(1).params) and found.record["best"] == {"step": 1, "accuracy": 0.9}, path
+        effects[damaged] += 1
+        path.write_bytes(content)
+    assert effects[True] >= 5, effects  # the other files are of no use to Orbax
 
 
 def test_silently_changed_value_is_detected(tmp_path, caplog):

@@ -73,6 +73,8 @@ def put(config, name, value):
         ("optimizer", None, "optimizer must be a vit_jax.config.Optimizer, got None"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be of type float, got nan"),
         ("model.dropout", 1.0, r"model.dropout must be in \[0, 1\)"),
+        ("training.on_nan", "skip", "training.on_nan must be one of 'raise', 'rollback', got 'skip'"),
+        ("run.watchdog_minutes", -1.0, "run.watchdog_minutes must be from 0 to 1,000,000.0, got -1.0"),
         ("training.epochs", -0.5, "training.epochs must be from 0 to 1,000,000.0, got -0.5"),
         ("training.patience", 3, "training.patience = 3 needs data.validation_split"),
         ("training.grad_accum_steps", 3, "training.batch_size = 64 does not divide into training.grad_accum_steps = 3"),

@@ -78,6 +78,7 @@ class Training:
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
     save_every: int = 100  # steps between saved states; the last step is always saved
+    on_nan: str = "raise"  # on a training loss that is not finite; "rollback": go back and skip its batch, at most 3 times
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,6 +91,7 @@ class Run:
     eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
+    watchdog_minutes: float = 10.0  # without a finished step, after which the run prints what it does; 0: never
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
 
@@ -117,6 +119,7 @@ CHOICES = {
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.decay": ("cosine", "linear"),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
+    "training.on_nan": ("raise", "rollback"),
     "run.parallel": ("mesh", "pmap"),
 }
 _INT32 = 2**31 - 1  # a larger number overflows on a device
@@ -132,6 +135,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "run.eval_batch_size": (1, 2**17),
     "run.device_budget_mib": (0, _INT32),
     "run.data_workers": (-1, 1024),
+    "run.watchdog_minutes": (0, 1e6),
     "optimizer.warmup_steps": (0, _INT32),
     "optimizer.learning_rate": (1e-30, 1e6),
     "optimizer.weight_decay": (0, 1e6),

@@ -15,8 +15,7 @@ import vit_jax
 from vit_jax.config_files import read
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import loop, outputs, saving
-from vit_jax.training.guard import Guard
+from vit_jax.training import guard, loop, outputs, saving
 from vit_jax.training.preview import preview
 
 
@@ -124,19 +123,19 @@ def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
 @pytest.mark.parametrize("stop_after", [3, 4])
 def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monkeypatch, stop_after):
     workdir, result = uninterrupted
-    original = Guard.check
+    original = guard.check
 
     def interrupt(step, found):  # called when a step's metrics are read, and after an evaluation
         if step == stop_after and ("test/loss" in found or step % 4):
             os.kill(os.getpid(), signal.SIGTERM)
         original(step, found)
 
-    monkeypatch.setattr(Guard, "check", staticmethod(interrupt))
+    monkeypatch.setattr(guard, "check", interrupt)
     stopped = loop.train(config, tmp_path)
     assert not stopped.finished and len(lines(tmp_path)) < 12
     newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert newest == lines(tmp_path)[-1]["step"]  # nothing of what was done is lost
-    monkeypatch.setattr(Guard, "check", staticmethod(original))
+    monkeypatch.setattr(guard, "check", original)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "train/loss": 1}\n{"step": 1')  # what a kill leaves
     resumed = loop.train(config, tmp_path)
@@ -202,13 +201,13 @@ def test_unprepared_data_error_names_the_command(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["train/loss", "train/gradient_norm", "test/loss"])
 def test_diverged_run_stops_with_advice(config, tmp_path, monkeypatch, name):
-    original = Guard.check
+    original = guard.check
 
     def spoilt(step, found):
         original(step, found | {name: float("nan")} if step == 4 and name in found else found)
 
-    monkeypatch.setattr(Guard, "check", staticmethod(spoilt))
-    with pytest.raises(TrainingError, match=f"{name} of step 4 is nan: training has diverged"):
+    monkeypatch.setattr(guard, "check", spoilt)
+    with pytest.raises(TrainingError, match=f"{name} of step 4 is nan.*: training has diverged"):
         loop.train(config, tmp_path)
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [1, 2, 3, 4]

@@ -1,12 +1,22 @@
-"""Reasons to end a run early: a signal, or a metric that is not finite."""
+"""Reasons to end a run early or to go back: signals, and metrics that are not finite; a watchdog for steps that do not end."""
 
+import contextlib
+import faulthandler
+import itertools
+import logging
 import math
 import signal
 import threading
+import time
+from collections.abc import Callable, Generator
 from types import FrameType, TracebackType
 from typing import Any
 
+from vit_jax.config import Config
 from vit_jax.errors import TrainingError
+
+_log = logging.getLogger("vit_jax")
+MOST_SKIPPED = 3  # batches of a run that `training.on_nan` skips
 
 
 class Diverged(TrainingError):
@@ -22,21 +32,100 @@ class Diverged(TrainingError):
         self.line: dict[str, Any] = {"step": step, **finite, "diverged": message}
 
 
+class _Rollback(Exception):
+    """Ends an attempt at a run whose batch of one step is to be skipped."""
+
+
+def check(step: int, metrics: dict[str, float]) -> None:
+    """Raises Diverged if a metric of a step is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            beside = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm"}
+            values = ", ".join(f"{said} {metrics[other]:.4g}" for other, said in beside.items() if other in metrics)
+            raise Diverged(
+                step,
+                metrics,
+                f"{name} of step {step} is {value}{values and f' ({values})'}: training has diverged, and the states saved "
+                "before are kept. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, set optimizer.clip_norm or "
+                "skip such batches with training.on_nan=rollback, and start in a new working directory",
+            )
+
+
 class Guard:
-    """Turns the first SIGINT or SIGTERM into `stop`, so that the loop saves and ends; a second signal has its usual effect.
+    """What a run does about signals, metrics that are not finite, and steps that do not finish.
+
+    The first SIGINT or SIGTERM becomes `stop`, so that the loop saves and ends; a second signal has its usual effect.
 
     Attributes:
       signal: the number of the signal that arrived; 0 before one does.
+      skipped: a step for each batch that was skipped, as every saved state records them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         self.signal = 0
+        self.skipped: list[int] = []
+        self._on_nan = config.training.on_nan
         self._before: dict[int, Any] = {}
+        self._limit = config.run.watchdog_minutes * 60
+        self._finished: tuple[int | None, float] = (None, time.monotonic())  # the last step of this start, and when it was read
+        self._ended = threading.Event()
 
     @property
     def stop(self) -> bool:
         """Whether a signal asks the run to save and end."""
         return self.signal != 0
+
+    def step_finished(self, step: int, line: dict[str, float]) -> None:
+        """Takes the metrics of a step; adds how many batches were skipped there.
+
+        Raises:
+          Diverged: if a metric is not finite, unless `training.on_nan` says to go back.
+        """
+        self._finished = (step, time.monotonic())
+        try:
+            check(step, line)
+        except Diverged as error:
+            if self._on_nan != "rollback" or len(self.skipped) == MOST_SKIPPED:
+                raise
+            self.skipped.append(step)
+            reason = str(error).partition(": ")[0]
+            raise _Rollback(f"{reason}: its batch is skipped ({len(self.skipped)} of at most {MOST_SKIPPED})") from None
+        if count := self.skipped.count(step):
+            line["train/skipped_batches"] = count
+
+    def attempt(self, train: Callable[[], Any]) -> Any:
+        """The result of `train`, which is called again, to resume from the newest state, after a batch that is to be skipped.
+
+        The batches after it move up. Thus the parameters do not depend on the state that training goes back to, and a run
+        that is killed meanwhile finds the same batches again.
+        """
+        while True:
+            try:
+                return train()
+            except _Rollback as rollback:
+                _log.warning("%s; training goes back to the newest saved state", rollback)
+
+    def batches(self, feed: Callable[[int], Generator[Any]], start: int) -> Generator[Any]:
+        """The batches of the steps after `start`; `feed` gives all batches from a number on."""
+        with contextlib.closing(feed(start + sum(step <= start for step in self.skipped))) as found:
+            for step in itertools.count(start + 1):
+                for _ in range(self.skipped.count(step)):
+                    next(found)
+                yield next(found)
+
+    def _watch(self) -> None:
+        """Reports once when no step has finished for the time of `run.watchdog_minutes`, and again after a later step."""
+        reported = None
+        while not self._ended.wait(min(self._limit / 10, 10)):
+            if self._finished != reported and time.monotonic() - self._finished[1] > self._limit:
+                reported = self._finished
+                step, wait = reported[0], "compiling and reading the data can take that long"
+                _log.warning(
+                    "no step has finished for %g minutes (%s): this is what each thread does now; the run goes on",
+                    self._limit / 60,
+                    wait if step is None else f"the last was step {step}; an evaluation or a slow disk can take that long",
+                )
+                faulthandler.dump_traceback(2)  # standard error itself: tests and notebooks replace sys.stderr
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -51,19 +140,10 @@ class Guard:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and shells that start background jobs set it
                     self._before[number] = signal.signal(number, self._received)
+        if self._limit:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
         self._restore()
-
-    @staticmethod
-    def check(step: int, metrics: dict[str, float]) -> None:
-        """Raises Diverged if a metric of a step is not finite."""
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise Diverged(
-                    step,
-                    metrics,
-                    f"{name} of step {step} is {value}: training has diverged. Lower optimizer.learning_rate, lengthen "
-                    "optimizer.warmup_steps or set optimizer.clip_norm, and start in a new working directory",
-                )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -44,14 +45,20 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     workdir = Path(workdir)
     # Assembled before anything is written, so that a configuration that cannot run leaves no folder.
     parts = _assemble(workdir, check_workdir(workdir, config))
+    with lock_workdir(workdir, parts.config), Guard(parts.config) as guard:
+        return guard.attempt(lambda: _train(parts, workdir, guard))
+
+
+def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
+    """Trains from the newest saved state to the last step."""
     settings, layout = parts.config.training, parts.layout
-    with lock_workdir(workdir, parts.config), Guard() as guard, Saver(workdir, parts.meta, parts.config) as saver:
+    with Saver(workdir, parts.meta, parts.config, guard.skipped) as saver:
         state = _first_state(parts, saver, workdir)
         step = start = int(jax.device_get(state.step))
-        feeding = parts.train_feed.train(settings.batch_size, settings.grad_accum_steps, parts.config.seed, start)
+        feed = functools.partial(parts.train_feed.train, settings.batch_size, settings.grad_accum_steps, parts.config.seed)
         writing = journal.Journal(workdir, start, settings.steps)
-        with contextlib.closing(feeding) as batches, writing as log, jax.transfer_guard("disallow"):
-            meter = Meter(parts.rate, settings.batch_size, start)
+        with contextlib.closing(guard.batches(feed, start)) as batches, writing as log, jax.transfer_guard("disallow"):
+            meter = Meter(parts.rate, settings.batch_size, start, guard.step_finished)
             for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)
                 if before := meter.dispatched(step, metrics):

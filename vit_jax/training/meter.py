@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.training.guard import Guard
+from vit_jax.training import guard
 
 
 class Meter:
@@ -16,9 +16,22 @@ class Meter:
     speed, because its time includes compilation.
     """
 
-    def __init__(self, rate: Callable[[int], float], batch_size: int, start: int):
-        """Prepares to measure the steps after `start`; `rate` is the learning rate as a function of the updates made."""
-        self._rate, self._batch_size, self._first = rate, batch_size, start + 1
+    def __init__(
+        self,
+        rate: Callable[[int], float],
+        batch_size: int,
+        start: int,
+        check: Callable[[int, dict[str, float]], None] = guard.check,
+    ):
+        """Prepares to measure the steps after `start`.
+
+        Args:
+          rate: the learning rate as a function of the updates made.
+          batch_size: images of a step.
+          start: the step of the state that training begins with.
+          check: is called with each step and its metrics when they are read; raises guard.Diverged.
+        """
+        self._rate, self._batch_size, self._first, self._check = rate, batch_size, start + 1, check
         self._step = start
         self._metrics: dict[str, Any] | None = None
         self._ended: float | None = None
@@ -37,10 +50,10 @@ class Meter:
         return before
 
     def read(self) -> dict[str, float]:
-        """The line of the step dispatched last; waits for it. Raises guard.Diverged if a metric is not finite."""
+        """The line of the step dispatched last; waits for it. Raises what `check` raises."""
         line = {f"train/{name}": float(value) for name, value in jax.device_get(self._metrics).items()}
         line["train/learning_rate"] = self._rate(self._step - 1)
-        Guard.check(self._step, line)
+        self._check(self._step, line)
         ended = time.perf_counter() if self._ended is None else self._ended
         seconds, self._began, self._metrics = ended - self._began, ended, None
         if self._step > self._first:

@@ -6,11 +6,10 @@ import numpy as np
 
 from vit_jax.files import whole_file
 from vit_jax.metrics import read
-from vit_jax.training import journal
+from vit_jax.training import guard, journal
 from vit_jax.training.assemble import Parts
 from vit_jax.training.evaluate import has_predictions, metrics, predictions
 from vit_jax.training.feed import Feed
-from vit_jax.training.guard import Guard
 from vit_jax.training.saving import Saver
 
 PREDICTIONS = "predictions.npz"
@@ -38,13 +37,13 @@ def evaluate(parts: Parts, params: Any, step: int, saver: Saver | None = None) -
 
 
 def _keep_best(parts: Parts, params: Any, step: int, saver: Saver, found: dict[str, float]) -> None:
-    Guard.check(step, found)
+    guard.check(step, found)
     saver.update_best(step, found[f"{parts.chosen_on}/accuracy"], params)
 
 
 def _write(saver: Saver, step: int, tested: dict[str, float], predicted: dict[str, np.ndarray]) -> None:
     """Writes the predictions of the last step, unless its metrics are not finite."""
-    Guard.check(step, tested)
+    guard.check(step, tested)
     with whole_file(saver.workdir / PREDICTIONS) as file:
         np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
 

@@ -63,7 +63,12 @@ def digest(leaf: np.ndarray) -> str:
 
 
 def make_record(
-    items: Mapping[str, Mapping[str, np.ndarray]], best: Mapping[str, Any] | None, config: Config, meta: Any, params: Any
+    items: Mapping[str, Mapping[str, np.ndarray]],
+    best: Mapping[str, Any] | None,
+    config: Config,
+    meta: Any,
+    params: Any,
+    skipped: list[int],
 ) -> dict[str, Any]:
     """What is saved next to the arrays of a state, with its own SHA-256.
 
@@ -73,6 +78,7 @@ def make_record(
       config: the run's configuration.
       meta: the description of the run's weights.
       params: the state's parameters; the record holds their shapes, from which the model is known.
+      skipped: of guard.Guard.
     """
     found = {
         "sha256": {item: {name: digest(leaf) for name, leaf in leaves.items()} for item, leaves in items.items()},
@@ -80,6 +86,7 @@ def make_record(
         "config": dataclasses.asdict(config),
         "meta": meta,
         "shapes": {name: list(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()},
+        "skipped": list(skipped),
     }
     return {**found, "record_sha256": _digest_of_json(found)}
 

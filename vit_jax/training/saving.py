@@ -52,19 +52,21 @@ class Saver:
       best_params: its parameters, which stay in memory between saves.
     """
 
-    def __init__(self, workdir: Path, meta: dict[str, Any], config: Config):
+    def __init__(self, workdir: Path, meta: dict[str, Any], config: Config, skipped: list[int] | None = None):
         """Prepares to save a run.
 
         Args:
           workdir: the run's working directory.
           meta: the content of the JSON next to each npz; step and accuracy are added.
           config: the run's configuration, which is saved in every state.
+          skipped: of guard.Guard, which is saved in every state, and takes what the restored state has.
         """
         self.workdir, self._meta, self._config = workdir, meta, config
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
         self.best_params: Any = None
+        self._skipped = [] if skipped is None else skipped
         self._manager: Any = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._saving: concurrent.futures.Future[None] | None = None
@@ -84,6 +86,8 @@ class Saver:
         for step in restore.steps(self._folder)[_KEPT:]:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
         self.best, self.best_params = saved.record["best"], saved.best_params
+        if len(there := saved.record.get("skipped", [])) > len(self._skipped):
+            self._skipped[:] = there
         with self._reporting(last=True):
             self._open()  # which removes states that a killed process was writing
         return saved.state
@@ -145,7 +149,7 @@ class Saver:
         if best is not None and best["step"] != step:
             items["best"] = restore.flat(best_params)
         with self._reporting(last, step):
-            record = restore.make_record(items, best, self._config, self._meta, state.params)
+            record = restore.make_record(items, best, self._config, self._meta, state.params, self._skipped)
             saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
             try:
                 self._write_best(best, best_params)

@@ -75,6 +75,7 @@ def put(config, name, value):
         ("model.dropout", 1.0, r"model.dropout must be in \[0, 1\)"),
         ("training.on_nan", "skip", "training.on_nan must be one of 'raise', 'rollback', got 'skip'"),
         ("run.watchdog_minutes", -1.0, "run.watchdog_minutes must be from 0 to 1,000,000.0, got -1.0"),
+        ("run.deterministic", 1, "run.deterministic must be of type bool, got 1"),
         ("training.epochs", -0.5, "training.epochs must be from 0 to 1,000,000.0, got -0.5"),
         ("training.patience", 3, "training.patience = 3 needs data.validation_split"),
         ("training.grad_accum_steps", 3, "training.batch_size = 64 does not divide into training.grad_accum_steps = 3"),
@@ -101,6 +102,14 @@ def test_check_error_names_the_field_in_one_line(valid, name, value, said):
 def test_check_refuses_huge_numbers_in_every_field(valid, name, value):
     put(valid, name, value)
     with pytest.raises(ConfigError, match=f"^{name} must be"):
+        check(valid)
+
+
+def test_deterministic_pmap_is_refused(valid):
+    valid.run.deterministic = True
+    check(valid)
+    valid.run.parallel = "pmap"
+    with pytest.raises(ConfigError, match="run.deterministic = true needs run.parallel = 'mesh'"):
         check(valid)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from vit_jax import runtime
 from vit_jax.config import Model
+from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +192,17 @@ def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
     runtime.compiler_options.cache_clear()
     monkeypatch.setitem(runtime._OPTIONS, "cpu", {"xla_unknown_option": ""})
     assert runtime.compiler_options() is None
+    runtime.compiler_options.cache_clear()
+
+
+def test_deterministic_programs_are_for_gpus_and_never_silently_others(monkeypatch):
+    runtime.compiler_options.cache_clear()
+    assert runtime.compiler_options("cpu", True) == runtime._OPTIONS["cpu"]
+    assert runtime.compiler_options("gpu", True) == {**runtime._OPTIONS["gpu"], "xla_gpu_deterministic_ops": True}
+    monkeypatch.setattr(runtime, "_DETERMINISTIC", {"xla_unknown_option": True})
+    runtime.compiler_options.cache_clear()
+    with pytest.raises(ConfigError, match="run.deterministic = true: this version of jaxlib has no xla_unknown_option"):
+        runtime.compiler_options("gpu", True)
     runtime.compiler_options.cache_clear()
 
 

@@ -91,6 +91,7 @@ class Run:
     eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
+    deterministic: bool = False  # on a GPU, the same bits at every start, more slowly; the others do so anyway
     watchdog_minutes: float = 10.0  # without a finished step, after which the run prints what it does; 0: never
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
@@ -225,6 +226,8 @@ def check(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be shorter than the run, "
             f"training.steps = {config.training.steps}"
         )
+    if config.run.deterministic and config.run.parallel == "pmap":
+        raise ConfigError("run.deterministic = true needs run.parallel = 'mesh': pmap takes no options of the compiler")
     if config.training.batch_size % config.training.grad_accum_steps:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} does not divide into "

@@ -32,6 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # by platform; docs/performance.md has 
     # XLA would compute query, key and value as one product, and then copy it apart and join it again for the gradient.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
 }
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}  # of a GPU
 
 
 @functools.cache
@@ -60,18 +61,32 @@ def has_nvidia_driver() -> bool:
 
 
 @functools.cache
-def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+def compiler_options(platform: str | None = None, deterministic: bool = False) -> dict[str, Any] | None:
     """The `compiler_options` of jax.jit for a platform; None if there are none or the installed jaxlib does not know them.
 
     Args:
       platform: of the devices that the program is compiled for, as `jax.Device.platform` has it; None: of the default ones.
+      deterministic: whether a GPU must give the same bits at every start. Its kernels are then chosen by rule instead of by
+        measurement, and none adds in the order in which its threads arrive. Other platforms do so anyway.
+
+    Raises:
+      ConfigError: if the installed jaxlib knows no option for `deterministic`.
     """
-    options = _OPTIONS.get(platform or jax.default_backend())
+    options = _OPTIONS.get(platform := platform or jax.default_backend())
+    if deterministic and platform == "gpu":
+        if not _is_known(_DETERMINISTIC):
+            raise ConfigError(f"run.deterministic = true: this version of jaxlib has no {', '.join(_DETERMINISTIC)}")
+        options = (options if options and _is_known(options) else {}) | _DETERMINISTIC
+    return options if options and _is_known(options) else None
+
+
+def _is_known(options: dict[str, Any]) -> bool:
+    """Whether the installed jaxlib has the options, which are the same on every platform."""
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # an experimental option that this jaxlib does not have
-        return None
-    return options
+    except jax.errors.JaxRuntimeError:  # such as an experimental option of another version
+        return False
+    return True
 
 
 def _keep_freed_memory() -> None:

@@ -254,8 +254,8 @@ def test_resolved_fields_are_written_and_kept(config, tmp_path, monkeypatch):
         vit_jax.train(config, tmp_path)
 
 
-def test_remat_changes_no_numbers(uninterrupted, config, tmp_path):
-    config.run.remat = True
+def test_remat_and_determinism_change_no_numbers(uninterrupted, config, tmp_path):
+    config.run.remat = config.run.deterministic = True
     vit_jax.train(config, tmp_path)
     for ours, theirs in zip(numbers(tmp_path), numbers(uninterrupted[0]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

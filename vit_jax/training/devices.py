@@ -29,9 +29,10 @@ class Layout:
     Batches are shared along one axis of every leaf; states, parameters and a run's data lie on every device.
     """
 
-    def __init__(self, parallel: str, devices: list[jax.Device] | None = None):
+    def __init__(self, parallel: str, devices: list[jax.Device] | None = None, deterministic: bool = False):
         self.pmap = parallel == "pmap"
         self.devices = devices or jax.local_devices()
+        self._options = compiler_options(self.devices[0].platform, deterministic)
         self._shardings: dict[tuple[Any, ...], NamedSharding] = {}
         self.mesh = jax.make_mesh((len(self.devices),), (_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
 
@@ -85,16 +86,14 @@ class Layout:
         if self.pmap:
             mapped = functools.partial(step, axis=_AXIS)
             return jax.pmap(mapped, _AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0)
-        options = compiler_options(self.devices[0].platform)
-        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=options)
+        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=self._options)
 
     def evaluate(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """forward(params, batch, data) → per-example arrays, compiled; results lie in the order of the batch."""
         if self.pmap:
             mapped = jax.pmap(forward, _AXIS, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        options = compiler_options(self.devices[0].platform)
-        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=options)
+        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=self._options)
 
     def gather(self, tree: Any) -> Any:
         """A tree on the host, as NumPy arrays that no device will write to."""
@@ -109,4 +108,4 @@ def start(run: Run) -> Layout:
             f'*** Install the CUDA build:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'
             "*** (jax[cuda13] if the driver supports CUDA 13) ***\n"
         )
-    return Layout(run.parallel)
+    return Layout(run.parallel, deterministic=run.deterministic)

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu clean product tools interop engine
+.PHONY: help demo test chaos test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -23,8 +23,8 @@ OPTIMIZED = VIT_JAX_TEST_OPTIMIZED=1
 test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m "not slow"
 
-test-full: tools  ## all tests, optimised, with samples in full size: damaged files, kills, seeds
-	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_KILLS=12 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all VIT_JAX_SWEEP=3 $(RUN) $(PYTEST)
+test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds
+	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all VIT_JAX_SWEEP=3 $(RUN) $(PYTEST)
 
 LOWEST := .venv-lowest/bin/python
 # What depends most on the numbers that compiled programs give, once in CI: optimised, with the newest versions.
@@ -47,6 +47,10 @@ PLUGIN := .venv-gpu-program/bin/python
 test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 4 minutes on 2 cores
 	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=5 tests/gpu_program; \
 	else echo "test-gpu-program is skipped: no Python 3.11 here, or jax-cuda12-plugin cannot be installed"; fi
+
+RUNS := 100
+chaos: tools  ## small runs, killed or with a full disk or damaged states, and started again; the campaign goes on in runs/chaos if it is ended
+	$(RUN) -m tests.training.chaos $(RUNS) runs/chaos
 
 check: tools  ## lint and type-check
 	$(RUN) -m ruff check .

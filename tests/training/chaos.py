@@ -1,0 +1,236 @@
+"""Disturbs a small run at random moments and starts it again until it ends, many times: `make chaos`.
+
+    python -m tests.training.chaos CASES FOLDER
+
+A case is a number, which is also the seed of its draws: how a run is disturbed (KINDS) and when (MOMENTS), once or twice. Then
+it is started until it ends, and compared with an uninterrupted run: parameters, predictions, metrics, descriptions, the names
+of all files and their size. FOLDER/cases.jsonl has a line for each finished case, so that a campaign that is ended goes on.
+The folders of cases with differences stay, and the exit status is then 1.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.training.starts import EVAL_EVERY, ROOT, STEPS, Start, differences, metrics, reached
+from vit_jax.files import whole_file
+from vit_jax.training import restore
+
+DISK = 8 * 2**20  # bytes of the small disk
+DAMAGES = ("bits flipped", "file truncated", "file missing")  # of one file of the newest state
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a run is disturbed.
+
+    Attributes:
+      statuses: the exit statuses that the process may then have.
+      weight: how often the kind is drawn, next to the others.
+      signals: which are sent one after the other.
+      then: what happens to its files afterwards: one of DAMAGES, or "read-only": it is started on a folder that cannot be
+        written. Instead of signals, "full": its disk is full for a while.
+    """
+
+    statuses: set[int]
+    weight: int = 1
+    signals: tuple[int, ...] = ()
+    then: str = ""
+
+
+# Before its handlers are set, a signal ends a process by itself, which a shell reports as the same status. A run that is at its
+# end when a signal arrives ends with 0.
+KINDS = {
+    "KILL": Kind({-9}, 6, (signal.SIGKILL,)),
+    "STOP, KILL": Kind({-9}, 3, (signal.SIGSTOP, signal.SIGKILL)),
+    "TERM": Kind({-15, 143, 0}, 3, (signal.SIGTERM,)),
+    "INT": Kind({-2, 130, 0}, 1, (signal.SIGINT,)),
+    "TERM, TERM": Kind({-15, 143, 0}, 1, (signal.SIGTERM, signal.SIGTERM)),
+    # Here is the place of a run of several processes, one of which is killed.
+    "disk full": Kind({0, 1}, 2, then="full"),
+    "folder read-only": Kind({-9}, 1, (signal.SIGKILL,), "read-only"),
+    **{damage: Kind({-9}, 1, (signal.SIGKILL,), damage) for damage in DAMAGES},
+}
+
+# When: waits for that moment. The arguments are the process, its folder, a random step and the seconds that a run takes.
+MOMENTS: dict[str, Callable[[Start, Path, int, float], object]] = {
+    "any": lambda start, workdir, step, seconds: start.wait(seconds=seconds * step / STEPS),
+    "start-up": lambda start, workdir, step, seconds: start.wait(lambda: reached(workdir, 1), seconds * step / STEPS),
+    "step": lambda start, workdir, step, seconds: start.wait(lambda: reached(workdir, step)),
+    "evaluation": lambda start, workdir, step, seconds: start.wait(
+        lambda: reached(workdir, step // EVAL_EVERY * EVAL_EVERY + EVAL_EVERY - 1)
+    ),
+    "saving": lambda start, workdir, step, seconds: start.wait(
+        lambda: reached(workdir, step) and any(workdir.glob("checkpoints/*orbax-checkpoint-tmp*"))
+    ),
+    "weights": lambda start, workdir, step, seconds: start.wait(lambda: any(workdir.glob(".*.npz.*.tmp"))),
+    "last step": lambda start, workdir, step, seconds: start.wait(lambda: reached(workdir, STEPS - 1)),
+}
+
+
+def mount(*arguments: str | Path) -> None:
+    """Raises PermissionError if this is not allowed."""
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise PermissionError(done.stderr.strip())
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+def fill_disk(start: Start, draw: random.Random) -> None:
+    """Fills the disk of a run until it reports that or a random time is over."""
+    full = start.workdir.parent / "full"
+    free = shutil.disk_usage(full.parent).free - draw.choice([0, draw.randrange(300_000)])
+    full.write_bytes(bytes(max(free, 0) // 4096 * 4096))
+    start.wait(lambda: "Earlier states are unchanged" in start.said(), draw.uniform(0.5, 20))
+    full.unlink()
+
+
+def start_read_only(config: Path, workdir: Path) -> list[str]:
+    """Starts the run while its folder cannot be written; returns what is wrong with that."""
+    if not workdir.is_dir():
+        return []
+    before = sorted(workdir.rglob("*"))
+    mount("--bind", workdir, workdir)
+    try:
+        mount("-o", "remount,bind,ro", workdir)
+        start = Start(config, workdir)
+        status, last = start.wait(), start.said().splitlines()[-1]
+    finally:
+        unmount(workdir)
+    right = status == 1 and last.startswith("error: ") and "Read-only file system" in last
+    return [] if right and before == sorted(workdir.rglob("*")) else [f"status {status} on a read-only folder: {last}"]
+
+
+def damage(workdir: Path, how: str, draw: random.Random) -> None:
+    """Damages one file of the newest state, if there is another state."""
+    states = restore.steps(workdir / "checkpoints")
+    if len(states) < 2:
+        return
+    path = draw.choice(sorted(path for path in (workdir / "checkpoints" / str(states[0])).rglob("*") if path.is_file()))
+    content = bytearray(path.read_bytes())
+    if how == "file missing":
+        path.unlink()
+    elif content:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content if how == "bits flipped" else content[: draw.randrange(len(content))])
+
+
+def disturb(config: Path, workdir: Path, kind: Kind, draw: random.Random, seconds: float) -> tuple[str, list[str]]:
+    """Starts the run and disturbs it before its end; returns the moment, and what is wrong."""
+    while True:
+        start, moment = Start(config, workdir, fork=draw.random() > 0.08), draw.choice([*MOMENTS])
+        MOMENTS[moment](start, workdir, draw.randrange(1, STEPS), seconds)
+        start.wait(seconds=draw.choice([0, draw.uniform(0, 0.02), draw.uniform(0, 0.3)]))
+        if not start.ended():
+            break
+        shutil.rmtree(workdir)  # it ended before
+    moment += f", {metrics(workdir).count(chr(10))} lines"
+    if kind.then == "full":
+        fill_disk(start, draw)
+    for number in kind.signals:
+        start.send(number)
+        time.sleep(draw.uniform(0, 0.1))
+    if start.wait() not in kind.statuses:
+        start.send(signal.SIGKILL)
+        return moment, [f"status {start.status}"]
+    if kind.then == "read-only":
+        return moment, start_read_only(config, workdir)
+    if kind.then in DAMAGES:
+        damage(workdir, kind.then, draw)
+    return moment, []
+
+
+def finish(config: Path, workdir: Path, reference: Path, damaged: bool) -> list[str]:
+    """Starts the run until it ends; returns what is wrong then."""
+    start = Start(config, workdir)
+    if start.wait():
+        return [f"status {start.status} when started again"]
+    said = [word for word in ("Traceback", "damaged") if word in start.said() and not (damaged and word == "damaged")]
+    return said + differences(reference, workdir, ["checkpoints/damaged-"] * damaged)
+
+
+def run_case(number: int, folder: Path, config: Path, seconds: float) -> dict:
+    """Returns the line of cases.jsonl; "skipped" says why a case was not made."""
+    draw = random.Random(number)
+    name = draw.choices([*KINDS], [kind.weight for kind in KINDS.values()])[0]
+    kind, disk = KINDS[name], folder / f"case-{number}"
+    found: dict = {"case": number, "kind": name, "moments": [], "wrong": []}
+    unmount(disk)  # of a campaign that was ended
+    shutil.rmtree(disk, ignore_errors=True)
+    disk.mkdir()
+    try:
+        if kind.then == "full":
+            mount("-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk)
+        for _ in range(draw.choice([1, 1, 2])):
+            moment, wrong = disturb(config, disk / "run", kind, draw, seconds)
+            found["moments"].append(moment)
+            found["wrong"] += wrong
+        for _ in range(draw.choice([1, 1, 2])):  # the second one is a finished run that is started again
+            found["wrong"] += finish(config, disk / "run", folder / "reference" / "run", kind.then in DAMAGES)
+    except PermissionError as error:
+        found["skipped"] = str(error)
+    if not found["wrong"]:
+        unmount(disk)
+        shutil.rmtree(disk)
+        disk.with_suffix(".log").unlink(missing_ok=True)
+    return found
+
+
+def uninterrupted(folder: Path) -> tuple[Path, float]:
+    """Makes the run that the others are compared with; returns its configuration and the seconds that it takes."""
+    config = folder / "config.json"
+    # In another process: a fork of a process that has used a device does not work.
+    subprocess.run([sys.executable, "-m", "tests.training.starts", folder / "tiny.npz", config], cwd=ROOT, check=True)
+    for name in ("warm", "reference"):  # the second one finds what the first one compiled
+        shutil.rmtree(folder / name, ignore_errors=True)
+        start, began = Start(config, folder / name / "run"), time.monotonic()
+        assert start.wait() == 0, start.said()
+    return config, time.monotonic() - began
+
+
+def main(cases: int, folder: Path) -> int:
+    """Runs the cases that are not finished; returns the exit status."""
+    journal = folder / "cases.jsonl"
+    done = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    config, seconds = uninterrupted(folder)
+    for number in sorted({*range(cases)} - {found["case"] for found in done}):
+        done.append(run_case(number, folder, config, seconds))
+        with whole_file(journal) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in done).encode())
+        print(json.dumps(done[-1]), file=sys.stderr, flush=True)
+    if left := [*map(str, [*(folder / "tmp").rglob("*"), *(folder / "cache").rglob(".*")])]:
+        done.append({"case": -1, "kind": "temporary files", "moments": [], "wrong": left})
+    moments = collections.Counter(moment.split(",")[0] for found in done for moment in found["moments"])
+    summary = {"cases": len(done), "kinds": collections.Counter(found["kind"] for found in done), "moments": moments}
+    summary |= {what: [found for found in done if found.get(what)] for what in ("skipped", "wrong")}
+    print(json.dumps(summary))
+    return bool(summary["wrong"])
+
+
+if __name__ == "__main__":
+    # Imported, not used: a fork of a process that has touched a device does not work.
+    import orbax.checkpoint  # noqa: F401
+    import tensorflow_datasets  # noqa: F401
+    from tensorboardX.proto import event_pb2  # noqa: F401
+
+    from vit_jax.training import loop  # noqa: F401
+
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    place = Path(sys.argv[2]).absolute()
+    (place / "tmp").mkdir(parents=True, exist_ok=True)
+    os.environ |= {"JAX_PLATFORMS": "cpu", "VIT_JAX_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")}
+    sys.exit(main(int(sys.argv[1]), place))

@@ -54,6 +54,15 @@ def put(config, name, value):
             "centre",
             "augment.crop must be one of 'torchvision', 'tensorflow', 'resize_crop', 'none', got 'centre'",
         ),
+        (
+            "run.mesh",
+            "data:4,model:2",
+            "run.mesh must be sizes of the axes data and fsdp, as in 'data:4,fsdp:2', got 'data:4,model:2'",
+        ),
+        ("run.mesh", "fsdp:2,fsdp:4", "run.mesh must be sizes of the axes"),
+        ("run.mesh", "fsdp", "run.mesh must be sizes of the axes"),
+        ("run.mesh", "fsdp:0", "run.mesh must be sizes of the axes"),
+        ("run.mesh", "data:4;fsdp:2", "run.mesh must be sizes of the axes"),
         ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw'"),
         ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps = 1000 must be shorter than the run, training.steps = 1000"),
         ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must be from 0 to 2,147,483,647, got -1"),
@@ -162,6 +171,17 @@ def test_every_field_is_read_somewhere():
     }
     for name in configuration.fields(Config()):
         assert name.split(".")[-1] in read_names, name
+
+
+def test_mesh_and_pmap_exclude_each_other(valid):
+    valid.run.mesh, valid.run.parallel = "data:4,fsdp:2", "pmap"
+    with pytest.raises(
+        ConfigError, match=r"^run.mesh = 'data:4,fsdp:2' needs run.parallel = 'mesh', and run.parallel is 'pmap'$"
+    ):
+        check(valid)
+    valid.run.parallel = "mesh"
+    check(valid)
+    assert configuration.mesh_sizes(" fsdp:2,data:4") == {"fsdp": 2, "data": 4} and configuration.mesh_sizes("") == {}
 
 
 def test_cudnn_needs_bfloat16_and_no_attention_dropout():

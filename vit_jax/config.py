@@ -7,6 +7,7 @@ it needs. Standard library only, so that reading a configuration costs nothing. 
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from vit_jax.errors import ConfigError, printable
 
 AUTO = "auto"  # of a field that a run resolves when it begins, and writes out then
+DATA, FSDP = "data", "fsdp"  # the axes of run.mesh
 
 
 @dataclasses.dataclass(slots=True)  # so that a misspelt field of a configuration file is an error
@@ -91,6 +93,7 @@ class Run:
     eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
+    mesh: str = ""  # sizes of the mesh's axes: "data:4,fsdp:2" shares parameters and momentum in two; "": all devices on data
     deterministic: bool = False  # on a GPU, the same bits at every start, more slowly; the others do so anyway
     watchdog_minutes: float = 10.0  # without a finished step, after which the run prints what it does; 0: never
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
@@ -219,6 +222,8 @@ def check(config: Config) -> None:
             raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")
         if dropout := config.model.attention_dropout:
             raise ConfigError(f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {dropout}")
+    if mesh_sizes(config.run.mesh) and config.run.parallel == "pmap":
+        raise ConfigError(f"run.mesh = {config.run.mesh!r} needs run.parallel = 'mesh', and run.parallel is 'pmap'")
     if (patience := config.training.patience) and not config.data.validation_split:
         raise ConfigError(f"training.patience = {patience} needs data.validation_split: test images must not say when to stop")
     if config.optimizer.warmup_steps >= config.training.steps and not config.training.epochs:
@@ -233,6 +238,17 @@ def check(config: Config) -> None:
             f"training.batch_size = {config.training.batch_size} does not divide into "
             f"training.grad_accum_steps = {config.training.grad_accum_steps} microbatches"
         )
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of each axis that `run.mesh` names, as in "data:4,fsdp:2"; none for "". Raises ConfigError."""
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        axis, _, size = part.strip().partition(":")
+        if axis not in (DATA, FSDP) or axis in sizes or not re.fullmatch("[1-9][0-9]{0,5}", size):
+            raise ConfigError(f"run.mesh must be sizes of the axes {DATA} and {FSDP}, as in 'data:4,fsdp:2', got {shown(text)}")
+        sizes[axis] = int(size)
+    return sizes
 
 
 def with_steps(config: Config, images: int) -> Config:

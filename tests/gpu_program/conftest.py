@@ -15,12 +15,19 @@ from vit_jax.training.cards import CARDS
 
 
 def configured(
-    model: str = "B/16", size: int = 224, batch: int = 64, dropout: float = 0.1, remat: bool = False, attention: str = "auto"
+    model: str = "B/16",
+    size: int = 224,
+    batch: int = 64,
+    dropout: float = 0.1,
+    remat: bool = False,
+    attention: str = "auto",
+    mesh: str = "",
 ) -> Config:
     """configs/cifar100_b16.py with random weights and other values of these fields."""
     config = cifar100_b16.get_config()
     config.model = dataclasses.replace(config.model, checkpoint="", variant=model, dropout=dropout, attention=attention)
     config.data.image_size, config.training.batch_size, config.run.remat = size, batch, remat
+    config.run.mesh = mesh
     return config
 
 

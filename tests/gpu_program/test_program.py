@@ -77,6 +77,22 @@ def test_eight_cards_exchange_only_gradients(train_step):
     assert 1.9 * parameters < sizes["bf16"] < 2.1 * parameters and sizes["f32"] < 0.05 * sizes["bf16"]
 
 
+def test_fsdp_gathers_parameters_and_scatters_gradients_in_pieces(train_step):
+    """Both while kernels run; what is reduced on all cards is small: the arrays that do not divide, and the norm."""
+    plan = train_step(card="h100", devices=8, model="S/16", batch=64, dropout=0.0, mesh="fsdp:8")
+    parameters = 21_704_164
+    found = hlo.collectives(plan.module)
+    size = {
+        opcode: sum(c.bytes for c in found if c.opcode == opcode) for opcode in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    assert {c.opcode for c in found} == size.keys()
+    assert 2 * parameters < size["all-gather"] < 4 * parameters  # between bfloat16 and float32
+    assert 1.9 * parameters < 8 * size["reduce-scatter"] < 2.1 * parameters and size["all-reduce"] < 0.01 * parameters
+    for opcode in ("all-gather", "reduce-scatter"):
+        large = [c for c in found if c.opcode == opcode and c.bytes > 0.1 * size[opcode]]
+        assert len(large) > 1 and all(c.asynchronous and c.meanwhile for c in large)
+
+
 SMALL = dict(card="h100", model="Nano/8", size=64, batch=32, dropout=0.0)  # 4 blocks
 
 

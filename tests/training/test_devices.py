@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.config import Augment, Optimizer, Run
+from vit_jax.config import Augment, Config, Optimizer, Run
 from vit_jax.errors import ConfigError
-from vit_jax.models.variants import build
-from vit_jax.training import devices, program
+from vit_jax.models.variants import build, shapes
+from vit_jax.training import devices, program, restore, saving
 from vit_jax.training import optimizer as optimizers
-from vit_jax.training.devices import Layout
+from vit_jax.training.devices import Layout, nbytes
 from vit_jax.training.evaluate import metrics, predictions
 from vit_jax.training.feed import Feed
+from vit_jax.training.saving import Saver
 from vit_jax.training.state import create
 from vit_jax.transforms.preprocess import for_evaluation
 
@@ -29,39 +30,115 @@ def model_and_params():
 
 @pytest.fixture(scope="module")
 def on_one_device(model_and_params, source_of):
-    """The losses of 20 steps on one device."""
-    return losses(*model_and_params, source_of(50), layout("mesh", 1))[0]
+    """The losses of 20 steps on one device, and the parameters after them."""
+    found, state = losses(*model_and_params, source_of(50), layout("mesh", 1))
+    return found, jax.device_get(state.params)
 
 
-def layout(parallel: str, count: int) -> Layout:
-    return Layout(parallel, jax.devices()[:count])
+def layout(parallel: str, count: int, mesh: str = "") -> Layout:
+    return Layout(parallel, jax.devices()[:count], mesh)
 
 
-def losses(model, params, source, where: Layout, steps=20, microbatches=1, budget=EVERYTHING, seed=0, crop="torchvision"):
-    """The losses of a run with crops and flips, and its last state."""
-    optimizer = optimizers.build(Optimizer(warmup_steps=5), steps)
+def losses(
+    model, params, source, where: Layout, steps=20, microbatches=1, budget=EVERYTHING, seed=0, crop="torchvision", state=None
+):
+    """The losses of a run with crops and flips up to a step, and its state there; it begins or goes on with a state."""
+    optimizer = optimizers.build(Optimizer(warmup_steps=5, accumulator_dtype="float32"), 20)
     step = program.build(model, Augment(crop=crop), optimizer, where, seed, 8).train_step
     feed = Feed(source, where, budget)
-    state, found = where.put(create(params, optimizer)), []
-    batches = feed.train(16, microbatches, seed, 0)
+    start = int(state.step) if state else 0
+    state, found = where.put(state or create(params, optimizer)), []
+    batches = feed.train(16, microbatches, seed, start)
     with jax.transfer_guard("disallow"):
-        for _ in range(steps):
+        for _ in range(start, steps):
             state, measured = step(state, next(batches), feed.data)
             found.append(float(jax.device_get(measured["loss"])))
     return np.array(found), state
 
 
+def assert_close(ours, theirs):
+    """Arrays agree to 1e-5 of their largest value. That of a bias of keys, whose gradient is 0, is a rounding error."""
+    for leaf, like in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(leaf, like, rtol=1e-5, atol=1e-5 * max(np.abs(like).max(), 1e-3))
+
+
 @pytest.mark.parametrize(
-    ("parallel", "count", "microbatches"), [("mesh", 8, 1), ("pmap", 8, 1), ("pmap", 1, 1), ("mesh", 4, 4), ("pmap", 4, 2)]
+    ("parallel", "count", "mesh", "microbatches"),
+    [
+        ("mesh", 8, "", 1),
+        ("pmap", 8, "", 1),
+        ("pmap", 1, "", 1),
+        ("mesh", 4, "", 4),
+        ("pmap", 4, "", 2),
+        ("mesh", 8, "data:4,fsdp:2", 1),
+        ("mesh", 8, "fsdp:8", 2),
+    ],
 )
-def test_layouts_give_the_same_losses(model_and_params, source_of, on_one_device, parallel, count, microbatches):
-    expected = on_one_device
-    found, state = losses(*model_and_params, source_of(50), layout(parallel, count), microbatches=microbatches)
+def test_layouts_give_the_same_losses_and_parameters(
+    model_and_params, source_of, on_one_device, parallel, count, mesh, microbatches
+):
+    expected, params = on_one_device
+    where = layout(parallel, count, mesh)
+    found, state = losses(*model_and_params, source_of(50), where, microbatches=microbatches)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert_close(where.gather(state.params), params)
     assert found[-1] != found[0]
-    for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(model_and_params[1]), strict=True):
+    for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         assert leaf.shape == like.shape  # no device axis
-        assert leaf.sharding.is_fully_replicated
+        assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
+
+
+def test_state_saved_on_a_layout_resumes_on_any_other(model_and_params, source_of, on_one_device, tmp_path):
+    """Each layout is resumed from once, and saves for the next."""
+    source, state, found = source_of(50), None, []
+    for number, where in enumerate(
+        [
+            layout("mesh", 1),
+            layout("mesh", 8, "data:4,fsdp:2"),
+            layout("pmap", 8),
+            layout("mesh", 8, "fsdp:8"),
+            layout("mesh", 8),
+        ],
+        start=1,
+    ):
+        more, state = losses(*model_and_params, source, where, steps=4 * number, state=state)
+        found += more.tolist()
+        with Saver(tmp_path, {}, Config()) as saver:
+            saver.save(where.gather(state))
+        state = restore.read_newest(tmp_path / "checkpoints", jax.eval_shape(lambda tree: tree, state), Config()).state
+    np.testing.assert_allclose(found, on_one_device[0], rtol=1e-5)
+    assert_close(state.params, on_one_device[1])
+
+
+@pytest.mark.parametrize("variant", ["S/16", "B/16", "L/16", "H/14", "R50+B/16", "Nano/8"])
+def test_fsdp_puts_an_eighth_of_the_state_on_each_of_eight_devices(variant):
+    params = shapes(build(variant, num_classes=100), 224)
+    state = jax.eval_shape(lambda tree: create(tree, optimizers.build(Optimizer(), 20)), params)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert total / 8 <= nbytes(layout("mesh", 8, "fsdp:8").abstract(state)) <= 1.1 * total / 8
+
+
+def test_fsdp_keeps_the_state_where_it_is_described(model_and_params, source_of):
+    """Before and after a step; and the copy of the best parameters, too."""
+    where = layout("mesh", 8, "fsdp:8")
+    _, state = losses(*model_and_params, source_of(50), where, steps=1)
+    expected = nbytes(where.abstract(state))
+    for tree in (state, where.put(where.gather(state))):
+        held = dict.fromkeys(where.devices, 0)
+        for shard in (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards):
+            held[shard.device] += shard.data.nbytes
+        assert set(held.values()) == {expected}
+    assert nbytes(saving._copy(state.params)) == nbytes(state.params)
+    # An array is shared along its largest dimension, unless no dimension divides.
+    block = state.params["Transformer"]["encoderblock_0"]["MlpBlock_3"]
+    assert [block[name]["kernel"].addressable_shards[0].data.shape for name in block] == [(16, 4), (4, 16)]
+    assert state.params["head"]["bias"].sharding.is_fully_replicated
+    assert "as data:1,fsdp:8" in where.describe() and "MiB a device, " in where.describe_sharding(state)
+
+
+def test_mesh_of_another_number_of_devices_is_refused():
+    with pytest.raises(ConfigError, match=r"^run.mesh = 'data:4,fsdp:4' is of 16 devices, and there are 8$"):
+        layout("mesh", 8, "data:4,fsdp:4")
 
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
@@ -81,12 +158,14 @@ def test_dropout_differs_between_devices_under_pmap(model_and_params, source_of)
     assert one != many
 
 
-@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(
+    ("parallel", "count", "mesh"),
+    [("mesh", 1, ""), ("mesh", 8, ""), ("mesh", 8, "data:2,fsdp:4"), ("pmap", 1, ""), ("pmap", 8, "")],
+)
 @pytest.mark.parametrize("budget", [EVERYTHING, 0])
-def test_predictions_count_every_image_once(model_and_params, source_of, parallel, count, budget):
+def test_predictions_count_every_image_once(model_and_params, source_of, parallel, count, mesh, budget):
     model, params = model_and_params
-    source, where = source_of(1003), layout(parallel, count)
+    source, where = source_of(1003), layout(parallel, count, mesh)
     feed = Feed(source, where, budget)
     predict = program.build(model, Augment(), optimizers.build(Optimizer(), 1), where, 0, 8).predict
     images = for_evaluation(8)(source.images)
@@ -112,12 +191,15 @@ def test_put_shares_no_memory_with_its_argument(count):
 
 
 def test_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(
-        ConfigError, match="training.batch_size = 12 in training.grad_accum_steps = 1 does not divide among 8 devices; .* 8"
-    ):
+    said = (
+        "training.batch_size = 12 in training.grad_accum_steps = 1 does not divide among 8 devices; the nearest that does is "
+    )
+    with pytest.raises(ConfigError, match=f"^{said}8 or 16$"):
         layout("mesh", 8).check(12, 1)
-    with pytest.raises(ConfigError, match="a multiple of 16"):
-        layout("mesh", 8).check(24, 2)
+    with pytest.raises(ConfigError, match="is 16 or 32$"):
+        layout("mesh", 8, "fsdp:8").check(24, 2)
+    with pytest.raises(ConfigError, match="is 8$"):
+        layout("mesh", 8).check(6, 1)
     layout("mesh", 8).check(32, 2)
 
 
@@ -131,4 +213,5 @@ def test_driver_without_a_gpu_build_gives_a_warning(tmp_path, monkeypatch, caplo
     caplog.clear()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # asked for, so nothing to say
     assert devices.start(Run(parallel="pmap")).pmap is True
+    assert devices.start(Run(mesh="fsdp:8")).mesh.shape == {"data": 1, "fsdp": 8}
     assert not caplog.text

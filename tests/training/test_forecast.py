@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import Config
 from vit_jax.errors import ConfigError
-from vit_jax.training import forecast, target
+from vit_jax.training import forecast, hlo, target
 from vit_jax.training.cards import CARDS
 
 
@@ -44,8 +44,7 @@ def described_memory(batch, devices=1, temporary=0):
 def _memory(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(target, "size", lambda tree: 0)
-    monkeypatch.setattr(forecast, "size", lambda tree: 0)
+    monkeypatch.setattr(forecast, "nbytes", lambda tree: 0)
 
 
 @pytest.mark.usefixtures("_memory")
@@ -56,7 +55,7 @@ def test_largest_batch_is_that_of_a_compiled_program():
 
 def test_first_guess_of_the_largest_batch_knows_the_type_of_gradients(monkeypatch, capsys):
     """So one program is compiled if memory grows linearly; here with 2 GB of parameters, 1 GB of gradients."""
-    monkeypatch.setattr(forecast, "size", lambda tree: 2 * 10**9 if tree == {} else 0)
+    monkeypatch.setattr(forecast, "nbytes", lambda tree: 2 * 10**9 if tree == {} else 0)
     monkeypatch.setattr(target, "usable", lambda card: 64e9)
     config = Config()
     config.model.dtype = "bfloat16"
@@ -102,6 +101,15 @@ def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
     config.training.grad_accum_steps = parts
     with pytest.raises(ConfigError, match=f"the nearest number that works is {nearest}$"):
         forecast.check_options(config, "h100", devices, "")
+
+
+def test_exchanges_of_one_kind_are_counted_together():
+    scattered = [hlo.Collective("reduce-scatter", 2**20, ("bf16",), True, kernels, "") for kernels in (3, 0)]
+    reduced = hlo.Collective("all-reduce", 4, ("f32",), False, 0, "")
+    assert forecast._exchange([scattered[0], reduced, scattered[1]]) == [
+        "2 reduce-scatter of 2.1 MB in bf16, 1 of them while kernels run",
+        "1 all-reduce of 0.0 MB in f32, 0 of them while kernels run",
+    ]
 
 
 def test_validation_images_are_counted_and_named(config, monkeypatch):

@@ -35,7 +35,8 @@ def test_preview_needs_no_download_of_a_known_architecture(config, monkeypatch, 
     assert said[0] == "Ti/16 is not on this machine: random weights of the same shapes (Nano/8) are used"
     assert said[1] == "compiling a training step of 16 images and measuring it" and len(said) == 3
     assert "4 blocks of 128, 4 heads, 5 tokens" in text[0]
-    assert text[5:] == [
+    assert text[3] == "sharding    batch over data:8; parameters and optimizer state whole on every device"
+    assert text[6:] == [
         "step        0.50 s, 32.0 images/s",
         "evaluation  4 min 0 s, 12 of them: 48 min 0 s",
         "run         12 steps, about 48 min 6 s",
@@ -60,14 +61,14 @@ def test_validation_images_are_named_and_counted(config, monkeypatch):
 
     text = previewed()
     assert text[1] == "data        cifar100_excerpt: 64 training and 50 test images, on the device"
-    assert " with the test images (0) and the best parameters (0)" in text[4]
-    assert text[6:] == ["evaluation  4.0 s, 3 of them: 12.0 s", "run         12 steps, about 24.0 s"]
+    assert " with the test images (0) and the best parameters (0)" in text[5]
+    assert text[7:] == ["evaluation  4.0 s, 3 of them: 12.0 s", "run         12 steps, about 24.0 s"]
     config.data.validation_split = "train[64:1000]"  # 2.7 MiB
-    before, text = float(text[4].split()[0]), previewed()
+    before, text = float(text[5].split()[0]), previewed()
     assert text[1] == "data        cifar100_excerpt: 64 training, 936 validation and 50 test images, on the device"
-    assert " with the validation images (3), the test images (0) and the best parameters (0)" in text[4]
-    assert float(text[4].split()[0]) - before == 3
-    assert text[6].startswith("evaluation  59.0 s, 3 of them: 3 min 5 s")
+    assert " with the validation images (3), the test images (0) and the best parameters (0)" in text[5]
+    assert float(text[5].split()[0]) - before == 3
+    assert text[7].startswith("evaluation  59.0 s, 3 of them: 3 min 5 s")
     text = previewed(budget=1)
     assert text[1].endswith("936 validation and 50 test images, training and test on the device, the rest streamed")
-    assert " with the validation images (0), the test images (0) and" in text[4]
+    assert " with the validation images (0), the test images (0) and" in text[5]

@@ -12,7 +12,7 @@ from vit_jax.models.variants import build
 from vit_jax.training import target
 from vit_jax.training.assemble import assemble
 from vit_jax.training.cards import CARDS
-from vit_jax.training.devices import Layout
+from vit_jax.training.devices import Layout, nbytes
 
 DEMO = ["train", "--config", "demo"]
 
@@ -47,6 +47,7 @@ def test_wrong_options_are_one_line_and_status_2(capsys, arguments, said):
         (["--devices=0"], "--devices 0: "),
         (["--devices=48", "--config.training.grad_accum_steps=2"], "--devices 48: training.batch_size = 64 in training.grad_"),
         (["--config.run.parallel=pmap"], "--target compiles for run.parallel=mesh, and run.parallel is 'pmap'"),
+        (["--config.run.mesh=fsdp:8"], "run.mesh = 'fsdp:8' is of 8 devices, and --devices is 1"),
         (["--hlo", "/no/such/folder/x.hlo"], "--hlo /no/such/folder/x.hlo cannot be written"),
         (["--hlo", "/"], "--hlo / cannot be written"),
         (["--hlo", "~no-such-user/x"], "--hlo"),
@@ -124,7 +125,7 @@ def test_programs_and_arguments_are_those_of_the_run(config, budget, microbatche
     described.train_step()
     described.predict()
     assert [call.as_text() for call in calls] == [program.as_text() for program in lowered]
-    assert target.size(described.state) == target.size(state)
+    assert nbytes(described.state) == nbytes(state)
 
 
 def test_weights_in_a_file_give_their_shapes(config, tiny_checkpoint):

@@ -1,12 +1,21 @@
 """The devices of a run, and how its step uses them. No other file decides this.
 
-Outside this file no state and no metric has a device axis. Both layouts keep the state as arrays replicated over a mesh
-of all local devices: jit takes them as they are, and pmap takes and gives them back unmapped (in_axes and out_axes None)
-without a copy.
+Outside this file no state and no metric has a device axis, and no program knows how an array is shared:
+
+| array | axis of the mesh |
+|---|---|
+| a batch | its images over `data` and `fsdp` |
+| parameters and the optimizer's state | the largest dimension that `fsdp` divides; arrays without one lie on every device |
+| the images and labels of a resident split, metrics | on every device |
+
+A program gathers parameters as it uses them, and their gradients come back shared as the parameters are. Under pmap, whose
+devices are all of the axis `data`, states are also arrays of the mesh: pmap takes and gives them back unmapped (in_axes and
+out_axes None) without a copy.
 """
 
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -14,55 +23,106 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.lax import with_sharding_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.config import Run
+from vit_jax.config import DATA, FSDP, Run, mesh_sizes
 from vit_jax.errors import ConfigError
 from vit_jax.runtime import compiler_options, has_nvidia_driver
 
-_AXIS = "batch"
+_BATCH = (DATA, FSDP)
+# Bytes of gradients that a GPU sums over the axis fsdp at once. XLA would sum all of them in one operation after the backward
+# pass; in pieces, those of the last blocks are summed while the pass goes on with the others.
+_PIECE = 2**25
 
 
 class Layout:
     """The local devices and one of two ways to use them: "mesh" (jit) or "pmap".
 
-    Batches are shared along one axis of every leaf; states, parameters and a run's data lie on every device.
+    Attributes:
+      pmap: whether the way is "pmap".
+      devices: all of them, in the order of a batch.
+      mesh: the same, with the axes `data` and `fsdp`.
     """
 
-    def __init__(self, parallel: str, devices: list[jax.Device] | None = None, deterministic: bool = False):
+    def __init__(self, parallel: str, devices: list[jax.Device] | None = None, mesh: str = "", deterministic: bool = False):
+        """The layout of `run.parallel` and `run.mesh`. Raises ConfigError unless the mesh has as many devices as there are."""
         self.pmap = parallel == "pmap"
         self.devices = devices or jax.local_devices()
-        self._options = compiler_options(self.devices[0].platform, deterministic)
+        sizes = mesh_sizes(mesh) or {DATA: len(self.devices)}
+        if (product := math.prod(sizes.values())) != len(self.devices):
+            raise ConfigError(f"run.mesh = {mesh!r} is of {product} devices, and there are {len(self.devices)}")
+        self._options = self._compiler_options(sizes.get(FSDP, 1), deterministic)
         self._shardings: dict[tuple[Any, ...], NamedSharding] = {}
-        self.mesh = jax.make_mesh((len(self.devices),), (_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
+        shape = tuple(sizes.get(axis, 1) for axis in _BATCH)
+        self.mesh = jax.make_mesh(shape, _BATCH, axis_types=(AxisType.Auto,) * 2, devices=self.devices)
+
+    def _compiler_options(self, shares: int, deterministic: bool) -> dict[str, Any] | None:
+        platform = self.devices[0].platform
+        options = compiler_options(platform, deterministic)
+        if platform == "gpu" and shares > 1:  # XLA counts the bytes of a device's share
+            return {**(options or {}), "xla_gpu_reduce_scatter_combine_threshold_bytes": _PIECE // shares}
+        return options
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         if spec not in self._shardings:  # kept, because making one takes as long as copying the indices of a batch
             self._shardings[spec] = NamedSharding(self.mesh, PartitionSpec(*spec))
         return self._shardings[spec]
 
+    def _state_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """How an array of the parameters or the optimizer's state is shared; a parameter and its momentum have one shape."""
+        size = self.mesh.shape[FSDP]
+        divided = [axis for axis, length in enumerate(shape) if size > 1 and length and length % size == 0]
+        if not divided:
+            return self._sharding()
+        largest = max(divided, key=lambda axis: shape[axis])
+        return self._sharding(*[None] * largest, FSDP)
+
     def describe(self) -> str:
-        """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "1 NVIDIA H100 80GB HBM3"."""
+        """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "8 NVIDIA H100 80GB HBM3s as data:4,fsdp:2"."""
         count, kind = len(self.devices), self.devices[0].device_kind
         name = "CPU" if kind == "cpu" else kind
-        return f"{count} {name}{'s' * (count > 1)}{', pmap' if self.pmap else ''}"
+        mesh = f" as {','.join(f'{axis}:{size}' for axis, size in self.mesh.shape.items())}" * (self.mesh.shape[FSDP] > 1)
+        return f"{count} {name}{'s' * (count > 1)}{mesh}{', pmap' if self.pmap else ''}"
+
+    def describe_sharding(self, state: Any) -> str:
+        """How the arrays of a state and a batch are shared, in one sentence; the leaves of the state need only shapes."""
+        if len(self.devices) == 1:
+            return "everything on the one device"
+        if self.mesh.shape[FSDP] == 1:
+            return f"batch over {DATA}:{len(self.devices)}; parameters and optimizer state whole on every device"
+        leaves = jax.tree.leaves(self.abstract(state))
+        whole = sum(leaf.sharding.is_fully_replicated for leaf in leaves)
+        share, total = nbytes(leaves) / 2**20, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20
+        axes = " and ".join(f"{axis}:{size}" for axis, size in self.mesh.shape.items())
+        return (
+            f"batch over {axes}; parameters and optimizer state over {FSDP}: {share:,.1f} of {total:,.1f} MiB a device, "
+            f"{whole} of {len(leaves)} arrays whole"
+        )
 
     def check(self, batch_size: int, microbatches: int) -> None:
         """ConfigError unless every microbatch of a training batch divides among the devices."""
-        if batch_size % (microbatches * len(self.devices)):
+        unit = microbatches * len(self.devices)
+        if batch_size % unit:
+            below = batch_size // unit * unit
             raise ConfigError(
                 f"training.batch_size = {batch_size} in training.grad_accum_steps = {microbatches} does not divide among "
-                f"{len(self.devices)} devices; take a multiple of {microbatches * len(self.devices)}"
+                f"{len(self.devices)} devices; the nearest that does is {f'{below} or ' if below else ''}{below + unit}"
             )
 
     def round_up(self, size: int) -> int:
         """The smallest batch size of at least `size` that divides among the devices."""
         return -(-size // len(self.devices)) * len(self.devices)
 
-    def put(self, tree: Any) -> Any:
-        """A copy of a tree on every device; it shares no memory with the argument, so a step may donate it."""
+    def put(self, state: Any) -> Any:
+        """A state or parameters on the devices; they share no memory with the argument, so a step may donate them."""
         # A copy on the host first: device_put shares the memory of an array that already lies on one of the devices, and
         # on the CPU that of a NumPy array that happens to be aligned, may_alias=False or not.
+        state = self.gather(state)
+        return jax.device_put(state, jax.tree.map(lambda leaf: self._state_sharding(leaf.shape), state))
+
+    def put_data(self, tree: Any) -> Any:
+        """What a step reads besides its batch, whole on every device."""
         return jax.device_put(self.gather(tree), self._sharding())
 
     def put_batch(self, batch: Any, axis: int = 0) -> Any:
@@ -73,31 +133,70 @@ class Layout:
                 leaf = leaf.reshape(*leaf.shape[:axis], len(self.devices), -1, *leaf.shape[axis + 1 :])
             return jax.device_put(leaf, sharding)
 
-        sharding = self._sharding(*[None] * axis, _AXIS)
+        sharding = self._sharding(*[None] * axis, _BATCH)
         return jax.tree.map(place, batch)
 
-    def abstract(self, tree: Any, axis: int | None = None) -> Any:
-        """Shapes and types of a tree as `put` places it or, with an axis, `put_batch`; its leaves need only these."""
-        sharding = self._sharding() if axis is None else self._sharding(*[None] * axis, _AXIS)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    def abstract(self, state: Any) -> Any:
+        """Shapes and types of a state or parameters as `put` places them; the leaves of the argument need only these."""
+        return jax.tree.map(lambda leaf: _abstract(leaf, self._state_sharding(leaf.shape)), state)
+
+    def abstract_data(self, tree: Any) -> Any:
+        """The same of `put_data`."""
+        return jax.tree.map(lambda leaf: _abstract(leaf, self._sharding()), tree)
+
+    def abstract_batch(self, batch: Any, axis: int = 0) -> Any:
+        """The same of `put_batch`."""
+        return jax.tree.map(lambda leaf: _abstract(leaf, self._sharding(*[None] * axis, _BATCH)), batch)
+
+    def gathered(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """forward(params, …) of whole parameters as a function of parameters that are shared, as are its gradients."""
+        return lambda params, *rest: forward(jax.tree.map(self._whole, params), *rest)
+
+    def _whole(self, leaf: jax.Array) -> jax.Array:
+        """A parameter gathered from the devices; its gradient is summed over them into the parameter's sharding."""
+        sharding = self._state_sharding(leaf.shape)
+        if sharding.is_fully_replicated:
+            return leaf
+
+        @jax.custom_vjp
+        def whole(leaf: jax.Array) -> jax.Array:
+            return with_sharding_constraint(leaf, self._sharding())
+
+        whole.defvjp(lambda leaf: (whole(leaf), None), lambda _, gradient: (with_sharding_constraint(gradient, sharding),))
+        return whole(leaf)
 
     def train(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """step(state, batch, data, axis=…) → (state, metrics), compiled; the state given is used up."""
         if self.pmap:
-            mapped = functools.partial(step, axis=_AXIS)
-            return jax.pmap(mapped, _AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0)
-        return jax.jit(step, donate_argnums=0, out_shardings=self._sharding(), compiler_options=self._options)
+            mapped = functools.partial(step, axis=DATA)
+            return jax.pmap(mapped, DATA, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0)
+
+        def placed(state: Any, batch: Any, data: Any) -> tuple[Any, Any]:
+            state, metrics = step(state, batch, data)
+            state = jax.tree.map(lambda leaf: with_sharding_constraint(leaf, self._state_sharding(leaf.shape)), state)
+            return state, with_sharding_constraint(metrics, self._sharding())
+
+        return jax.jit(placed, donate_argnums=0, compiler_options=self._options)
 
     def evaluate(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """forward(params, batch, data) → per-example arrays, compiled; results lie in the order of the batch."""
         if self.pmap:
-            mapped = jax.pmap(forward, _AXIS, in_axes=(None, 0, None), devices=self.devices)
+            mapped = jax.pmap(forward, DATA, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        return jax.jit(forward, out_shardings=self._sharding(_AXIS), compiler_options=self._options)
+        return jax.jit(self.gathered(forward), out_shardings=self._sharding(_BATCH), compiler_options=self._options)
 
     def gather(self, tree: Any) -> Any:
         """A tree on the host, as NumPy arrays that no device will write to."""
         return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes that a tree of arrays or of `Layout.abstract` takes on each of its devices."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def start(run: Run) -> Layout:
@@ -108,4 +207,4 @@ def start(run: Run) -> Layout:
             f'*** Install the CUDA build:  {sys.executable} -m pip install "jax[cuda12]=={jax.__version__}"\n'
             "*** (jax[cuda13] if the driver supports CUDA 13) ***\n"
         )
-    return Layout(run.parallel, deterministic=run.deterministic)
+    return Layout(run.parallel, mesh=run.mesh, deterministic=run.deterministic)

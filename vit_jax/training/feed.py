@@ -25,7 +25,9 @@ class Feed:
         self.source, self.layout, self.data, self._workers = source, layout, None, stream.number_of_workers(workers)
         if source.nbytes <= budget:
             images, self._labels, sizes = source.read(np.arange(len(source)))
-            self.data = layout.put({"images": images, "labels": self._labels} | ({} if sizes is None else {"sizes": sizes}))
+            self.data = layout.put_data(
+                {"images": images, "labels": self._labels} | ({} if sizes is None else {"sizes": sizes})
+            )
 
     def __len__(self) -> int:
         return len(self.source)

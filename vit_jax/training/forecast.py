@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import AUTO, Config, check
+from vit_jax.config import AUTO, Config, check, mesh_sizes
 from vit_jax.data.splits import names
 from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, printable, reason
@@ -17,8 +17,9 @@ from vit_jax.files import expand_user, whole_file
 from vit_jax.models.variants import flops
 from vit_jax.training import capacity, hlo, target
 from vit_jax.training.cards import Card, card
+from vit_jax.training.devices import nbytes
 from vit_jax.training.preview import describe_images, describe_shapes, duration, evaluated, evaluation_time, without_download
-from vit_jax.training.target import Plan, Target, size
+from vit_jax.training.target import Plan, Target
 
 
 def check_options(config: Config, card_name: str, count: int, path: str) -> Path | None:
@@ -26,6 +27,8 @@ def check_options(config: Config, card_name: str, count: int, path: str) -> Path
     card(card_name)
     if config.run.parallel != "mesh":
         raise ConfigError(f"--target compiles for run.parallel=mesh, and run.parallel is {config.run.parallel!r}")
+    if config.run.mesh and (product := math.prod(mesh_sizes(config.run.mesh).values())) != count:
+        raise ConfigError(f"run.mesh = {config.run.mesh!r} is of {product} devices, and --devices is {count}")
     settings = config.training
     if count < 1 or settings.batch_size % (settings.grad_accum_steps * count):
         images = settings.batch_size // settings.grad_accum_steps
@@ -91,7 +94,7 @@ def _train_step(run: Target) -> Plan:
 
 def _needed(run: Target, step: Plan) -> float:
     """Bytes on each card during a training step, with the other splits and the best parameters, which lie there, too."""
-    return step.arguments + step.temporary + size(evaluated(run.data)) + size(run.state.params)
+    return step.arguments + step.temporary + nbytes(evaluated(run.data)) + nbytes(run.state.params)
 
 
 def _needed_with(run: Target, **fields: Any) -> float:
@@ -104,15 +107,15 @@ def _shape_lines(run: Target) -> list[str]:
     slices = "[" in "".join(names(task(run.config.data.task), run.config.data))
     numbers = {kind: f"{number:,}" if number else "an unknown number of" for kind, number in run.images.items()}
     images = "at most " * slices + describe_images(numbers, run.data)
-    return describe_shapes(run.config, run.model, run.state.params, images, run.layout)
+    return describe_shapes(run.config, run.model, run.state, images, run.layout)
 
 
 def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[str]:
     """The memory plan and the largest batch; ConfigError with what would fit if the run does not."""
     settings, limit, needed = run.config.training, target.usable(chosen), _needed(run, step)
-    state, best, others = size(run.state), size(run.state.params), evaluated(run.data)
-    training, on_top = size(run.data["training"]), ", ".join(f"the {k} images ({_gb(size(v))})" for k, v in others.items())
-    evaluating = state + training + size(others) + best + predict.temporary
+    state, best, others = nbytes(run.state), nbytes(run.state.params), evaluated(run.data)
+    training, on_top = nbytes(run.data["training"]), ", ".join(f"the {k} images ({_gb(nbytes(v))})" for k, v in others.items())
+    evaluating = state + training + nbytes(others) + best + predict.temporary
     # Gradients have the parameters' number and the type of the computation; all of them exist at the end of a step.
     fixed = needed - step.temporary + best * (0.5 if run.config.model.dtype == "bfloat16" else 1)
     found = capacity.largest_batch(
@@ -175,7 +178,7 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
     kinds = collections.Counter[str]()
     for kernel in kernels:
         kinds[kernel.kind] += kernel.times
-    exchange = [_exchange(collective) for collective in hlo.collectives(step.module)]
+    exchange = _exchange(hlo.collectives(step.module))
     products = sum(kernel.times * kernel.flops for kernel in kernels)
     model = 3 * settings.batch_size / count * flops(run.model, run.config.data.image_size)
     seconds = sum(kernel.seconds(chosen) for kernel in kernels)
@@ -197,6 +200,13 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
     ]
 
 
-def _exchange(found: hlo.Collective) -> str:
-    how = f"while {found.meanwhile:,} kernels run" if found.asynchronous else "while nothing else runs"
-    return f"{found.opcode} of {found.bytes / 1e6:,.1f} MB in {'+'.join(found.types)}, {how}"
+def _exchange(found: list[hlo.Collective]) -> list[str]:
+    """The number of exchanges of each kind, the bytes of their results on a card, and how many hide behind kernels."""
+    lines = []
+    for opcode in dict.fromkeys(collective.opcode for collective in found):
+        chosen = [collective for collective in found if collective.opcode == opcode]
+        types = sorted({kind for collective in chosen for kind in collective.types})
+        hidden = sum(collective.asynchronous and collective.meanwhile > 0 for collective in chosen)
+        size = sum(collective.bytes for collective in chosen) / 1e6
+        lines.append(f"{len(chosen)} {opcode} of {size:,.1f} MB in {'+'.join(types)}, {hidden} of them while kernels run")
+    return lines

@@ -16,8 +16,9 @@ from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
 from vit_jax.training.assemble import Parts, assemble
+from vit_jax.training.devices import nbytes
 from vit_jax.training.feed import Feed
-from vit_jax.training.target import size as size_of
+from vit_jax.training.state import TrainState
 
 _Split = TypeVar("_Split")
 _LONG = 20.0  # seconds of a first call, set-up included, above which one measurement is exact enough
@@ -127,17 +128,20 @@ def describe_images(numbers: dict[str, str], data: dict[str, Any]) -> str:
     return f"{', '.join(first)} and {last} images, {where}"
 
 
-def describe_shapes(config: Config, model: VisionTransformer, params: Any, images: str, layout: devices.Layout) -> list[str]:
+def describe_shapes(
+    config: Config, model: VisionTransformer, state: TrainState, images: str, layout: devices.Layout
+) -> list[str]:
     """The lines about the model, the data and the batch of a run; `images` says how many there are and where they lie."""
     settings, size = config.training, config.data.image_size
     tokens = (size // model.stride) ** 2 + (model.classifier == "token")
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return [
         f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
         f"{count:,} parameters, {model.num_classes} classes",
         f"data        {config.data.task}: {images}",
         f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} microbatch(es) over "
         f"{layout.describe()}",
+        f"sharding    {layout.describe_sharding(state)}",
     ]
 
 
@@ -159,9 +163,9 @@ def preview(config: Config) -> str:
     data = {kind: feed.data for kind, feed in feeds.items()}
     images = describe_images({kind: f"{len(feed):,}" for kind, feed in feeds.items()}, data)
     needed = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    others, best = {kind: size_of(split) for kind, split in evaluated(data).items()}, size_of(parts.params)
+    others, best = {kind: nbytes(split) for kind, split in evaluated(data).items()}, nbytes(layout.abstract(parts.params))
     lines = [
-        *describe_shapes(config, parts.model, parts.params, images, layout),
+        *describe_shapes(config, parts.model, parts.abstract(), images, layout),
         f"memory      {sum(needed) / 2**20:,.0f} MiB a device for a step "
         f"({needed[0] / 2**20:,.0f} of state and data, {needed[1] / 2**20:,.0f} temporary)",
         f"            {(sum(needed) + sum(others.values()) + best) / 2**20:,.0f} with "

@@ -39,7 +39,7 @@ def build(
       image_size: height and width of the model's input in pixels.
       statistics: channel means and deviations that images are scaled by; None: Google's.
     """
-    forward = loss_of(model, for_training(augment, image_size, statistics), seed)
+    forward = layout.gathered(loss_of(model, for_training(augment, image_size, statistics), seed))
     return Program(
         train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics, augment.eval_crop))),

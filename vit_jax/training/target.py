@@ -133,7 +133,7 @@ class Target:
 
     def __init__(self, config: Config, devices: list[Any]):
         """`config` is checked, and has no published weights as a checkpoint that are not on this machine."""
-        self.layout, self.resized = Layout("mesh", devices), False
+        self.layout, self.resized = Layout("mesh", devices, config.run.mesh), False
         row = task(config.data.task)
         chosen = names(row, config.data)
         splits = {"training": chosen.train, "validation": chosen.validation, "test": chosen.test}
@@ -166,14 +166,14 @@ class Target:
             return None
         data = {"images": images, "labels": jax.ShapeDtypeStruct((number,), np.int32)}
         sizes = {"sizes": jax.ShapeDtypeStruct((number, 2), np.int32)} if self.resized else {}
-        return self.layout.abstract(data | sizes)
+        return self.layout.abstract_data(data | sizes)
 
     def _batch(self, shape: tuple[int, ...], resident: bool, train: bool) -> Batch:
         index = jax.ShapeDtypeStruct(shape, np.int32)
         images = jax.ShapeDtypeStruct((*shape, *self.row.image_shape), np.uint8)
         sizes = jax.ShapeDtypeStruct((*shape, 2), np.int32) if self.resized else None
         batch = Batch(index=index) if resident else Batch(images=images, labels=index, sizes=sizes)
-        return self.layout.abstract(batch._replace(example_index=index if train else None), axis=len(shape) - 1)
+        return self.layout.abstract_batch(batch._replace(example_index=index if train else None), axis=len(shape) - 1)
 
     def _compile(self, program: Callable[..., Any], *arguments: Any) -> Plan:
         compiled = program.lower(*arguments).compile(compiler_options=_OPTIONS)  # type: ignore[attr-defined]
@@ -200,11 +200,6 @@ class Target:
             section, _, field = name.partition("_")
             config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
         return Target(config, self.layout.devices)
-
-
-def size(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def usable(chosen: Card) -> float:

@@ -9,6 +9,7 @@ The folders of cases with differences stay, and the exit status is then 1.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -86,14 +87,15 @@ def mount(*arguments: str | Path) -> None:
 
 
 def unmount(folder: Path) -> None:
-    subprocess.run(["umount", folder], capture_output=True)
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
 def fill_disk(start: Start, draw: random.Random) -> None:
     """Fills the disk of a run until it reports that or a random time is over."""
     full = start.workdir.parent / "full"
     free = shutil.disk_usage(full.parent).free - draw.choice([0, draw.randrange(300_000)])
-    full.write_bytes(bytes(max(free, 0) // 4096 * 4096))
+    with contextlib.suppress(OSError):  # the run has written meanwhile
+        full.write_bytes(bytes(max(free, 0) // 4096 * 4096))
     start.wait(lambda: "Earlier states are unchanged" in start.said(), draw.uniform(0.5, 20))
     full.unlink()
 

@@ -1,10 +1,12 @@
 """A small run in processes of its own, and its folder compared with another one."""
 
 import collections
+import ctypes
 import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +43,11 @@ def small_run(checkpoint: Path) -> Config:
     return config
 
 
+def _end_with_parent() -> None:
+    """Lets the system kill this process when the campaign is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+
 class Start:
     """One start of the run: a fork of this process, whose libraries are imported but unused, or main.py itself."""
 
@@ -50,8 +57,9 @@ class Start:
         with open(self.log, "ab") as log:
             if not fork:
                 command = [sys.executable, "main.py", "--config", str(config), "--workdir", str(workdir)]
-                self.pid = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log).pid
+                self.pid = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=_end_with_parent).pid
             elif not (pid := os.fork()):
+                _end_with_parent()
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 self._train(config, workdir)

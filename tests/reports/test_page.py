@@ -192,11 +192,11 @@ def test_page_names_the_test_split(run, unrendered):
 
 
 def test_page_of_a_diverged_run_gives_the_reason(run, unrendered):
-    why = "train/loss of step 3 is nan: training has diverged. Lower optimizer.learning_rate"
+    why = "train/loss of step 3 is nan (learning rate 0.5, gradient norm 7.25): training has diverged"
     line = {"step": 3, "train/learning_rate": 0.5, "train/gradient_norm": 7.25, "diverged": why}
     write_lines(run, [{"step": 1, "train/loss": 2.0}, line])
     text = Page(write(run)).text
-    assert "Diverged : step 3 of 12" in text and why in text and "learning rate 0.5, gradient norm 7.25" in text
+    assert "Diverged : step 3 of 12" in text and why in text
     assert "Not finished" not in text
 
 

@@ -18,7 +18,6 @@ from vit_jax.reports.runs import Missing, Run, read_run
 from vit_jax.reports.sections import AttentionOptions, CaptionedFigure
 
 _log = logging.getLogger("vit_jax")
-_DIVERGED_METRICS = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm", "train/loss": "loss"}
 _START = ("command", "started")  # of environment.json; the rest are versions and devices
 _TABLE_METRICS = tuple(f"{split}/{name}" for split in ("test", "validation") for name in ("accuracy", "accuracy_top5", "loss"))
 
@@ -124,9 +123,7 @@ def _summary(run: Run) -> Iterator[str]:
     expected = run.config.run.expected
     yield _headline(run, last, best)
     if run.diverged:
-        line = run.metrics[-1]
-        values = [f"{name} {line[key]:.3g}" for key, name in _DIVERGED_METRICS.items() if key in line]
-        yield notice(". ".join([run.diverged, *([f"At that step: {', '.join(values)}"] if values else [])]), "note warning")
+        yield notice(run.diverged, "note warning")
     for text in run.warnings:
         yield notice(f"Warning: {text}", "note warning")
     rows: list[Sequence[Any]] = [("", "final" if run.finished else "latest", "best", "expected", "difference")]

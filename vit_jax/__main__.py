@@ -85,6 +85,10 @@ def _train(argv: list[str], program: str) -> int:
     except ConfigError as error:
         cli.fail(error)
         return 2
+    if values.hosts > 1:
+        from vit_jax.training.launch import launch
+
+        return launch(argv, values.hosts)
     return _run(parsed, values)
 
 
@@ -100,8 +104,9 @@ def _run(config: Any, values: Any) -> int:
     from vit_jax import runtime
     from vit_jax.errors import reason
     from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
-    from vit_jax.training import command, loop, preview
+    from vit_jax.training import command, hosts, loop, preview
 
+    hosts.initialize(values.coordinator or "", values.num_processes, values.process_id)
     runtime.prepare()
     workdir = Path(values.workdir or command.workdir_of(values["config"].config_filename))
     try:
@@ -110,13 +115,15 @@ def _run(config: Any, values: Any) -> int:
         elif values.eval_only:
             print(command.report(config, loop.evaluate(config, workdir)))
         else:
-            result = loop.train(config, workdir)
+            with hosts.leaving_on_errors(command.MEMORY_ADVICE):
+                result = loop.train(config, workdir)
             if not result.finished:
                 print(f"stopped and saved in {workdir}; run the same command again to continue", file=sys.stderr)
                 return 128 + (getattr(result, "signal", 0) or signal.SIGINT)
-            print(command.report(config, result.metrics))
-            print(f"Weights: {workdir / BEST_WEIGHTS} (best), {workdir / FINAL_WEIGHTS} (last)")
-            write_page(workdir)
+            if hosts.is_first():
+                print(command.report(config, result.metrics))
+                print(f"Weights: {workdir / BEST_WEIGHTS} (best), {workdir / FINAL_WEIGHTS} (last)")
+                write_page(workdir)
     except OSError as error:
         if error.filename is None and not isinstance(error, BrokenPipeError) and error.errno is not None:
             raise OSError(error.errno, reason(error), str(workdir)) from error  # names at least the run

@@ -92,7 +92,7 @@ class Run:
     data_workers: int = -1  # processes that read streamed images; -1: one for each CPU core, 16 at most; 0: the run's own
     eval_batch_size: int = 256  # images; rounded up to a multiple of the number of devices
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
-    parallel: str = "mesh"  # "mesh": jit over a mesh of all local devices; "pmap": the same step under jax.pmap
+    parallel: str = "mesh"  # "mesh": jit over a mesh of all devices; "pmap": the same step under jax.pmap, on one host
     mesh: str = ""  # sizes of the mesh's axes: "data:4,fsdp:2" shares parameters and momentum in two; "": all devices on data
     deterministic: bool = False  # on a GPU, the same bits at every start, more slowly; the others do so anyway
     watchdog_minutes: float = 10.0  # without a finished step, after which the run prints what it does; 0: never

@@ -42,12 +42,39 @@ def train(argv):
         (["--wordir=x"], "Unknown command line flag 'wordir'"),
         (["--config.training.epochs=2", "--config.training.steps=9"], "give training.steps or training.epochs, not both"),
         (["--dry_run", "--eval_only"], "--dry_run and --eval_only exclude each other"),
+        (["--hosts=0"], "flag --hosts=0"),
+        (["--hosts=2", "--coordinator=a:1"], "--hosts starts all processes itself: leave out --coordinator, --num_processes"),
+        (["--hosts=2", "--process_id=1"], "--hosts starts all processes itself"),
+        (["--coordinator=a:1"], "--coordinator HOST:PORT, --num_processes and --process_id need each other"),
+        (
+            ["--coordinator=a:1", "--num_processes=2"],
+            "--coordinator HOST:PORT, --num_processes and --process_id need each other",
+        ),
+        (["--process_id=1"], "--coordinator HOST:PORT, --num_processes and --process_id need each other"),
+        (["--coordinator=auto", "--num_processes=2", "--process_id=1"], "need each other"),
+        (
+            ["--coordinator=a", "--num_processes=2", "--process_id=1"],
+            "--coordinator must be HOST:PORT of host 0, or auto, got 'a'",
+        ),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id must be less than --num_processes = 2, got 2",
+        ),
+        (["--coordinator=auto", "--dry_run"], "--dry_run runs on one host"),
+        (["--hosts=2", "--eval_only"], "--eval_only runs on one host"),
     ],
 )
 def test_wrong_command_line_is_one_line_and_status_2(demo, capsys, arguments, said):
     assert train(demo + arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_hosts_are_started_by_another_process(demo, monkeypatch):
+    started = []
+    monkeypatch.setattr("vit_jax.training.launch.launch", lambda arguments, number: started.append((arguments, number)) or 143)
+    assert train([*demo, "--hosts", "2"]) == 143
+    assert started == [([*demo[1:], "--hosts", "2"], 2)]
 
 
 def test_misspelt_field_shows_nearest_with_values_of_the_file(demo, capsys):

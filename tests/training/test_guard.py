@@ -28,7 +28,7 @@ def test_second_signal_has_its_usual_effect(number):
     try:
         with Guard(Config()) as guarding:
             os.kill(os.getpid(), number)
-            assert guarding.stop and guarding.signal == number
+            assert guarding.stops(1) and guarding.signal == number
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     finally:
@@ -41,7 +41,7 @@ def test_ignored_signal_stays_ignored():
     try:
         with Guard(Config()) as guarding:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not guarding.stop
+            assert not guarding.stops(1)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax import config as configuration
 from vit_jax import config_files
 from vit_jax.config import Config
-from vit_jax.errors import ConfigError
+from vit_jax.errors import ConfigError, printable
 from vit_jax.training.cards import CARDS, card
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HELP = """Trains a Vision Transformer as a configuration says, evaluates it, and continues a run that was interrupted.
 
-usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run]
+usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR] [--eval_only] [--dry_run] [--hosts N]
        {program} --config FILE --dry_run --target CARD [--devices N] [--hlo FILE]
 
   --config FILE    a Python file, the name of one in configs/ such as demo, or the config.json of a run; what follows a
@@ -35,6 +35,11 @@ usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR
                    without data, and print memory, kernels and a bound of the speed; needs the extra `aot`
   --devices N      the number of these cards; default 1
   --hlo FILE       write the optimised program of the training step there
+  --hosts N        start N processes on this machine, each as a host of the run, to try that without GPUs; of these, one
+                   process uses all
+  --coordinator HOST:PORT, --num_processes N, --process_id I
+                   this is host I of N, and host 0 listens at that address; "--coordinator auto" on Kubernetes; on Slurm
+                   and Open MPI nothing is needed. Only host 0 needs the folder of the run
   --help           this text and every field; with --config, the values of that file
 """
 MEMORY_ADVICE = (
@@ -141,9 +146,11 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=values)
-    for name in ("target", "hlo"):
+    for name in ("target", "hlo", "coordinator"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     flags.DEFINE_integer("devices", 1, "", flag_values=values)
+    for name, default in (("hosts", 1), ("num_processes", 1), ("process_id", 0)):
+        flags.DEFINE_integer(name, default, "", lower_bound=default, flag_values=values)
     for name in ("eval_only", "dry_run", "help"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     _check_names(argv)
@@ -166,6 +173,7 @@ def parse(argv: list[str]) -> tuple[Config, flags.FlagValues]:
     if values.dry_run and values.eval_only:
         raise ConfigError("--dry_run and --eval_only exclude each other")
     _check_target(values)
+    _check_hosts(values)
     for name in ("workdir", "hlo"):
         if "\0" in (values[name].value or ""):
             raise ConfigError(f"--{name} must not contain a NUL character")
@@ -187,6 +195,22 @@ def _check_target(values: flags.FlagValues) -> None:
     card(values.target)
     if not values.dry_run:
         raise ConfigError("--target needs --dry_run: a run trains on the devices that this machine has")
+
+
+def _check_hosts(values: flags.FlagValues) -> None:
+    """Raises ConfigError for options of several hosts that do not go together."""
+    given = [name for name in ("num_processes", "process_id") if values[name].present]
+    address, several = values.coordinator or "", values.hosts > 1
+    if several and (address or given):
+        raise ConfigError("--hosts starts all processes itself: leave out --coordinator, --num_processes and --process_id")
+    if (address not in ("", "auto")) != (len(given) == 2) or len(given) == 1:
+        raise ConfigError("--coordinator HOST:PORT, --num_processes and --process_id need each other")
+    if address not in ("", "auto") and not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise ConfigError(f"--coordinator must be HOST:PORT of host 0, or auto, got {printable(address, 80)!r}")
+    if given and values.process_id >= values.num_processes:
+        raise ConfigError(f"--process_id must be less than --num_processes = {values.num_processes}, got {values.process_id}")
+    if (several or address) and (values.dry_run or values.eval_only):
+        raise ConfigError(f"--{'dry_run' if values.dry_run else 'eval_only'} runs on one host")
 
 
 def workdir_of(source: str) -> Path:

@@ -8,7 +8,8 @@ Outside this file no state and no metric has a device axis, and no program knows
 | parameters and the optimizer's state | the largest dimension that `fsdp` divides; arrays without one lie on every device |
 | the images and labels of a resident split, metrics | on every device |
 
-A program gathers parameters as it uses them, and their gradients come back shared as the parameters are. Under pmap, whose
+A program gathers parameters as it uses them, and their gradients come back shared as the parameters are. The devices may be
+those of several hosts (see hosts.py), each of which puts its own rows of a batch on its own devices. Under pmap, whose
 devices are all of the axis `data`, states are also arrays of the mesh: pmap takes and gives them back unmapped (in_axes and
 out_axes None) without a copy.
 """
@@ -37,7 +38,7 @@ _PIECE = 2**25
 
 
 class Layout:
-    """The local devices and one of two ways to use them: "mesh" (jit) or "pmap".
+    """The devices of a run, on all its hosts, and one of two ways to use them: "mesh" (jit) or "pmap".
 
     Attributes:
       pmap: whether the way is "pmap".
@@ -46,9 +47,12 @@ class Layout:
     """
 
     def __init__(self, parallel: str, devices: list[jax.Device] | None = None, mesh: str = "", deterministic: bool = False):
-        """The layout of `run.parallel` and `run.mesh`. Raises ConfigError unless the mesh has as many devices as there are."""
+        """The layout that these fields of `run` ask for. Raises ConfigError if these devices cannot be used so."""
         self.pmap = parallel == "pmap"
-        self.devices = devices or jax.local_devices()
+        self.devices = devices or jax.devices()
+        self._hosts = len({device.process_index for device in self.devices})
+        if self.pmap and self._hosts > 1:
+            raise ConfigError(f"run.parallel = 'pmap' is for one host, and there are {self._hosts}: use run.parallel = 'mesh'")
         sizes = mesh_sizes(mesh) or {DATA: len(self.devices)}
         if (product := math.prod(sizes.values())) != len(self.devices):
             raise ConfigError(f"run.mesh = {mesh!r} is of {product} devices, and there are {len(self.devices)}")
@@ -56,6 +60,7 @@ class Layout:
         self._shardings: dict[tuple[Any, ...], NamedSharding] = {}
         shape = tuple(sizes.get(axis, 1) for axis in _BATCH)
         self.mesh = jax.make_mesh(shape, _BATCH, axis_types=(AxisType.Auto,) * 2, devices=self.devices)
+        self._replicate = jax.jit(lambda leaf: leaf, out_shardings=self._sharding())
 
     def _compiler_options(self, shares: int, deterministic: bool) -> dict[str, Any] | None:
         platform = self.devices[0].platform
@@ -79,11 +84,12 @@ class Layout:
         return self._sharding(*[None] * largest, FSDP)
 
     def describe(self) -> str:
-        """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "8 NVIDIA H100 80GB HBM3s as data:4,fsdp:2"."""
+        """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "8 CPUs as data:4,fsdp:2 on 2 hosts"."""
         count, kind = len(self.devices), self.devices[0].device_kind
         name = "CPU" if kind == "cpu" else kind
         mesh = f" as {','.join(f'{axis}:{size}' for axis, size in self.mesh.shape.items())}" * (self.mesh.shape[FSDP] > 1)
-        return f"{count} {name}{'s' * (count > 1)}{mesh}{', pmap' if self.pmap else ''}"
+        hosts = f" on {self._hosts} hosts" * (self._hosts > 1)
+        return f"{count} {name}{'s' * (count > 1)}{mesh}{hosts}{', pmap' if self.pmap else ''}"
 
     def describe_sharding(self, state: Any) -> str:
         """How the arrays of a state and a batch are shared, in one sentence; the leaves of the state need only shapes."""
@@ -114,27 +120,56 @@ class Layout:
         """The smallest batch size of at least `size` that divides among the devices."""
         return -(-size // len(self.devices)) * len(self.devices)
 
+    def rows(self, size: int) -> np.ndarray:
+        """The rows of a batch of `size` that lie on the devices of this host, in their order."""
+        if self._hosts == 1:
+            return np.arange(size)
+        places = self._sharding(_BATCH).addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(size)[place] for place in places if place]))
+
+    def _place(self, tree: Any, shardings: Any) -> Any:
+        """Arrays that this host holds whole, on the devices."""
+        if self._hosts == 1:
+            return jax.device_put(tree, shardings)
+
+        def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            with jax.transfer_guard("allow"):  # JAX takes it for implicit
+                return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+        return jax.tree.map(place, tree, shardings)
+
     def put(self, state: Any) -> Any:
         """A state or parameters on the devices; they share no memory with the argument, so a step may donate them."""
         # A copy on the host first: device_put shares the memory of an array that already lies on one of the devices, and
         # on the CPU that of a NumPy array that happens to be aligned, may_alias=False or not.
         state = self.gather(state)
-        return jax.device_put(state, jax.tree.map(lambda leaf: self._state_sharding(leaf.shape), state))
+        return self._place(state, jax.tree.map(lambda leaf: self._state_sharding(leaf.shape), state))
 
     def put_data(self, tree: Any) -> Any:
         """What a step reads besides its batch, whole on every device."""
-        return jax.device_put(self.gather(tree), self._sharding())
+        tree = self.gather(tree)
+        return self._place(tree, jax.tree.map(lambda _: self._sharding(), tree))
 
     def put_batch(self, batch: Any, axis: int = 0) -> Any:
-        """A batch shared among the devices along `axis` of every leaf, whose length they must divide."""
+        """A batch shared among the devices along `axis` of every leaf, whose length they must divide.
+
+        On several hosts, the argument has this host's `rows` only.
+        """
 
         def place(leaf):
+            if self._hosts > 1:
+                with jax.transfer_guard("allow"):  # JAX takes it for implicit
+                    return jax.make_array_from_process_local_data(sharding, leaf)
             if self.pmap:
                 leaf = leaf.reshape(*leaf.shape[:axis], len(self.devices), -1, *leaf.shape[axis + 1 :])
             return jax.device_put(leaf, sharding)
 
         sharding = self._sharding(*[None] * axis, _BATCH)
         return jax.tree.map(place, batch)
+
+    def all_rows(self, leaf: np.ndarray) -> np.ndarray:
+        """The rows of a batch on all hosts, of which the argument has this host's; on the host."""
+        return leaf if self._hosts == 1 else self.gather(self.put_batch(leaf))
 
     def abstract(self, state: Any) -> Any:
         """Shapes and types of a state or parameters as `put` places them; the leaves of the argument need only these."""
@@ -183,11 +218,21 @@ class Layout:
         if self.pmap:
             mapped = jax.pmap(forward, DATA, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        return jax.jit(self.gathered(forward), out_shardings=self._sharding(_BATCH), compiler_options=self._options)
+        out = self._sharding() if self._hosts > 1 else self._sharding(_BATCH)  # every host reads all results
+        return jax.jit(self.gathered(forward), out_shardings=out, compiler_options=self._options)
 
     def gather(self, tree: Any) -> Any:
-        """A tree on the host, as NumPy arrays that no device will write to."""
-        return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+        """A tree on the host, as NumPy arrays that no device will write to. All hosts must call it together."""
+
+        if self._hosts == 1:
+            return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+        def whole(leaf: Any) -> np.ndarray:
+            if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+                leaf = self._replicate(leaf)  # one at a time, so that no device holds more than one whole array
+            return np.array(jax.device_get(leaf), copy=True)
+
+        return jax.tree.map(whole, tree)
 
 
 def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -33,26 +33,32 @@ class Feed:
         return len(self.source)
 
     def train(self, size: int, microbatches: int, seed: int, start: int) -> Generator[Batch]:
-        """Endless batches of `size` from step `start` on, leaves [microbatches, size / microbatches, …]."""
+        """Endless batches of `size` from step `start` on, leaves [microbatches, size / microbatches, …].
 
-        def split(leaf):
-            return leaf.reshape(microbatches, size // microbatches, *leaf.shape[1:])
+        Every host reads its own rows only.
+        """
+        rows = self.layout.rows(size // microbatches)
 
-        example_index = self.layout.put_batch(split(np.arange(size, dtype=np.int32)), axis=1)
-        indices = functools.partial(batches.train_batch, len(self), size, seed)
-        for batch, _ in self._batches(indices, start, None):
-            batch = self.layout.put_batch(jax.tree.map(split, batch), axis=1)
-            yield batch._replace(example_index=example_index)
+        def own(leaf):
+            return leaf.reshape(microbatches, -1)[:, rows].reshape(-1)
+
+        def put(leaf):
+            return self.layout.put_batch(leaf.reshape(microbatches, len(rows), *leaf.shape[1:]), axis=1)
+
+        example_index = put(own(np.arange(size, dtype=np.int32)))
+        batch_at = functools.partial(batches.train_batch, len(self), size, seed)
+        for batch, _ in self._batches(lambda number: own(batch_at(number)), start, None):
+            yield jax.tree.map(put, batch)._replace(example_index=example_index)
 
     def evaluation(self, size: int) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Every image once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
 
-        The mask is False for the padding of the last batch.
+        The mask is False for the padding of the last batch. Every host reads its own rows, and gets the labels of all.
         """
-        batch_at = functools.partial(batches.evaluation_batch, len(self), size)
-        found = self._batches(lambda number: batch_at(number)[0], 0, -(-len(self) // size))
+        rows, batch_at = self.layout.rows(size), functools.partial(batches.evaluation_batch, len(self), size)
+        found = self._batches(lambda number: batch_at(number)[0][rows], 0, -(-len(self) // size))
         for number, (batch, labels) in enumerate(found):
-            yield self.layout.put_batch(batch), labels, batch_at(number)[1]
+            yield self.layout.put_batch(batch), self.layout.all_rows(labels), batch_at(number)[1]
 
     def _batches(
         self, indices: Callable[[int], np.ndarray], first: int, count: int | None

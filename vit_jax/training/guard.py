@@ -14,6 +14,7 @@ from typing import Any
 
 from vit_jax.config import Config
 from vit_jax.errors import TrainingError
+from vit_jax.training import hosts
 
 _log = logging.getLogger("vit_jax")
 MOST_SKIPPED = 3  # batches of a run that `training.on_nan` skips
@@ -54,7 +55,7 @@ def check(step: int, metrics: dict[str, float]) -> None:
 class Guard:
     """What a run does about signals, metrics that are not finite, and steps that do not finish.
 
-    The first SIGINT or SIGTERM becomes `stop`, so that the loop saves and ends; a second signal has its usual effect.
+    After the first SIGINT or SIGTERM `stops` is true, so that the loop saves and ends; a second signal has its usual effect.
 
     Attributes:
       signal: the number of the signal that arrived; 0 before one does.
@@ -69,11 +70,13 @@ class Guard:
         self._limit = config.run.watchdog_minutes * 60
         self._finished: tuple[int | None, float] = (None, time.monotonic())  # the last step of this start, and when it was read
         self._ended = threading.Event()
+        self._agreement = hosts.Agreement()
 
-    @property
-    def stop(self) -> bool:
-        """Whether a signal asks the run to save and end."""
-        return self.signal != 0
+    def stops(self, step: int) -> bool:
+        """Whether a signal, to this host or another one, asks the run to save and end after a step (see hosts.Agreement)."""
+        agreed = self._agreement.signal(step, self.signal)
+        self.signal = self.signal or agreed
+        return agreed != 0
 
     def step_finished(self, step: int, line: dict[str, float]) -> None:
         """Takes the metrics of a step; adds how many batches were skipped there.

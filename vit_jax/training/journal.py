@@ -14,6 +14,7 @@ from typing import Any
 from vit_jax.errors import printable, reason
 from vit_jax.files import whole_file
 from vit_jax.metrics import FILE, read
+from vit_jax.training import hosts
 from vit_jax.training.guard import Diverged
 
 # Metrics of the progress bar: name in metrics.jsonl → format, short name.
@@ -44,8 +45,9 @@ def gaps(workdir: Path, found: set[int], start: int, steps: int) -> Iterator[str
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error, before there is a progress bar."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Prints a line on standard error of host 0, before there is a progress bar."""
+    if hosts.is_first():
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Journal:
@@ -156,3 +158,30 @@ class Journal:
         except OSError:  # mostly a full disk; an error that is already raised says more
             if error is None:
                 raise
+
+
+class _Silent(Journal):
+    """The log on the other hosts: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
+def open_journal(workdir: Path, start: int, steps: int) -> Journal:
+    """The log of a run on this host: only host 0 writes one."""
+    return Journal(workdir, start, steps) if hosts.is_first() else _Silent()

@@ -12,7 +12,7 @@ import jax
 
 from vit_jax.config import Config, check
 from vit_jax.errors import ConfigError, TrainingError
-from vit_jax.training import devices, journal, outputs, restore
+from vit_jax.training import devices, hosts, journal, outputs, restore
 from vit_jax.training.assemble import Parts, assemble
 from vit_jax.training.guard import Guard
 from vit_jax.training.meter import Meter
@@ -37,6 +37,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     Leaves config.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints/, best.npz, final.npz (each with a
     JSON of the same name) and predictions.npz (logits float32 [N, classes] and labels int32 [N] of the last evaluation).
     A finished run only checks these files, and writes those that are missing or damaged. SIGINT and SIGTERM save and end it.
+    On several hosts, each calls this; host 0 alone uses the working directory (see hosts.py).
 
     Raises:
       ConfigError, CheckpointError, DataError, TrainingError: each a message of one line.
@@ -44,19 +45,19 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     check(config)
     workdir = Path(workdir)
     # Assembled before anything is written, so that a configuration that cannot run leaves no folder.
-    parts = _assemble(workdir, check_workdir(workdir, config))
-    with lock_workdir(workdir, parts.config), Guard(parts.config) as guard:
+    parts = _assemble(workdir, hosts.from_first(lambda: check_workdir(workdir, config)))
+    with hosts.on_first(lock_workdir(workdir, parts.config)), Guard(parts.config) as guard:
         return guard.attempt(lambda: _train(parts, workdir, guard))
 
 
 def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
     """Trains from the newest saved state to the last step."""
     settings, layout = parts.config.training, parts.layout
-    with Saver(workdir, parts.meta, parts.config, guard.skipped) as saver:
+    with Saver(workdir, parts.meta, parts.config, guard.skipped, layout.gather) as saver:
         state = _first_state(parts, saver, workdir)
         step = start = int(jax.device_get(state.step))
         feed = functools.partial(parts.train_feed.train, settings.batch_size, settings.grad_accum_steps, parts.config.seed)
-        writing = journal.Journal(workdir, start, settings.steps)
+        writing = journal.open_journal(workdir, start, settings.steps)
         with contextlib.closing(guard.batches(feed, start)) as batches, writing as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start, guard.step_finished)
             for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
@@ -65,13 +66,13 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                     log.write(*before)
                 evaluates, saves = (step % every == 0 for every in (settings.eval_every, settings.save_every))
                 last = step == settings.steps
-                if not (last or evaluates or saves or guard.stop):
+                if not (last or evaluates or saves or guard.stops(step)):
                     continue
                 line = meter.read()
                 if last or evaluates:
                     line |= outputs.evaluate(parts, state.params, step, saver)
                 log.write(step, line)
-                stop = guard.stop or saver.finished(step)  # read once: what ends the run is also what saves it
+                stop = guard.stops(step) or saver.finished(step)  # read once: what ends the run is also what saves it
                 if saves or stop:
                     saver.save(layout.gather(state), log.flush, last=stop)
                 if stop:
@@ -90,7 +91,7 @@ def _assemble(workdir: Path, config: Config) -> Parts:
     journal.say(f"loading {config.model.checkpoint or config.model.variant} and {config.data.task}")
     layout = devices.start(config.run)
     layout.check(config.training.batch_size, config.training.grad_accum_steps)
-    parts = assemble(config, layout, saved=restore.newest_record(workdir / "checkpoints"))
+    parts = assemble(config, layout, saved=hosts.from_first(lambda: restore.newest_record(workdir / "checkpoints")))
     journal.say(parts.describe())
     return parts
 
@@ -100,7 +101,7 @@ def _first_state(parts: Parts, saver: Saver, workdir: Path) -> TrainState:
     restored = saver.restore(parts.abstract())
     if restored is None and parts.saved:
         raise TrainingError(f"{workdir}/checkpoints was removed while this command started; give the command again")
-    record_environment(workdir, parts.layout.describe(), parts.warnings)
+    hosts.from_first(lambda: record_environment(workdir, parts.layout.describe(), parts.warnings))
     return parts.layout.put(parts.state() if restored is None else restored)
 
 

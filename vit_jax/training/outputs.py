@@ -6,7 +6,7 @@ import numpy as np
 
 from vit_jax.files import whole_file
 from vit_jax.metrics import read
-from vit_jax.training import guard, journal
+from vit_jax.training import guard, hosts, journal
 from vit_jax.training.assemble import Parts
 from vit_jax.training.evaluate import has_predictions, metrics, predictions
 from vit_jax.training.feed import Feed
@@ -44,8 +44,12 @@ def _keep_best(parts: Parts, params: Any, step: int, saver: Saver, found: dict[s
 def _write(saver: Saver, step: int, tested: dict[str, float], predicted: dict[str, np.ndarray]) -> None:
     """Writes the predictions of the last step, unless its metrics are not finite."""
     guard.check(step, tested)
-    with whole_file(saver.workdir / PREDICTIONS) as file:
-        np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
+
+    def write() -> None:
+        with whole_file(saver.workdir / PREDICTIONS) as file:
+            np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
+
+    hosts.from_first(write)
 
 
 def _validate(parts: Parts, params: Any) -> dict[str, float]:
@@ -70,12 +74,13 @@ def complete(parts: Parts, params: Any, saver: Saver, step: int, log: journal.Jo
     A finished run is evaluated again if its folder has no whole predictions or no line of its last evaluation. With a
     validation split, they include the test accuracy of the best parameters.
     """
-    lines = [line for line in read(saver.workdir) if f"{parts.chosen_on}/accuracy" in line]
+    lines = [line for line in hosts.from_first(lambda: read(saver.workdir)) if f"{parts.chosen_on}/accuracy" in line]
     found = {name: value for name, value in (lines[-1] if lines else {}).items() if not name.startswith("train/")}
     if not saver.finished(step):
         return found
     has_line = found.get("step") == step
-    if not (has_line and has_predictions(saver.workdir / PREDICTIONS, parts.sources.test)):
+    path = saver.workdir / PREDICTIONS
+    if not (has_line and hosts.from_first(lambda: has_predictions(path, parts.sources.test))):
         # The best state stays what it is: measured again, elsewhere, this one could be better by a rounding error.
         tested, predicted = _test(parts, params)
         found = {"step": step, **_validate(parts, params), **tested}
@@ -90,7 +95,7 @@ def _test_best(parts: Parts, saver: Saver, last: dict[str, float], log: journal.
     if not parts.validation_feed or saver.best is None:
         return {}
     step = int(last["step"])
-    for line in read(saver.workdir):
+    for line in hosts.from_first(lambda: read(saver.workdir)):
         if _BEST in line:
             return {_BEST: line[_BEST]}
     if saver.best["step"] == step:

@@ -137,6 +137,16 @@ def shapes_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(leaves, sep="/")
 
 
+def orbax_processes() -> Any:
+    """Orbax's options for which processes use it: on several hosts, host 0 alone.
+
+    It reads and writes whole arrays, because their SHA-256 is of the whole. So a state does not depend on the hosts either.
+    """
+    import orbax.checkpoint as ocp
+
+    return ocp.options.MultiprocessingOptions(active_processes={0} if jax.process_count() > 1 else None)
+
+
 def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
     """Reads one state; raises an error of any kind if it is damaged."""
     import orbax.checkpoint as ocp
@@ -147,7 +157,9 @@ def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
         wanted = flat(like)
         as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
         arguments = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=as_numpy)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        options = orbax_processes()
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             found = checkpointer.restore(folder.absolute() / str(step) / item, args=arguments)
         for name, leaf in wanted.items():
             if (found[name].dtype, found[name].shape) != (leaf.dtype, leaf.shape):

@@ -26,7 +26,8 @@ from vit_jax.config import Config
 from vit_jax.errors import CheckpointError, TrainingError, reason
 from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
 from vit_jax.formats.google import read_meta, read_npz, save_npz
-from vit_jax.training import restore
+from vit_jax.training import hosts, restore
+from vit_jax.training.restore import Saved
 from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
@@ -52,7 +53,14 @@ class Saver:
       best_params: its parameters, which stay in memory between saves.
     """
 
-    def __init__(self, workdir: Path, meta: dict[str, Any], config: Config, skipped: list[int] | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        meta: dict[str, Any],
+        config: Config,
+        skipped: list[int] | None = None,
+        gather: Callable[[Any], Any] = jax.device_get,
+    ):
         """Prepares to save a run.
 
         Args:
@@ -60,8 +68,9 @@ class Saver:
           meta: the content of the JSON next to each npz; step and accuracy are added.
           config: the run's configuration, which is saved in every state.
           skipped: of guard.Guard, which is saved in every state, and takes what the restored state has.
+          gather: brings parameters on the devices to the host.
         """
-        self.workdir, self._meta, self._config = workdir, meta, config
+        self.workdir, self._meta, self._config, self._gather = workdir, meta, config, gather
         self._folder = workdir.absolute() / "checkpoints"
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
@@ -76,8 +85,27 @@ class Saver:
         """The newest state that is whole, on the host; None if there is none. Raises as `restore.read_newest`.
 
         Damaged newer states are moved aside, because Orbax saves no step that it already has. What a
-        killed process has left of old states is removed.
+        killed process has left of old states is removed. Host 0 reads the state, and the others get it from there.
         """
+        found: list[Saved] = []  # on host 0
+
+        def read() -> dict[str, Any] | None:
+            if saved := self._read(abstract):
+                found.append(saved)
+            return found[0].record if found else None
+
+        record = hosts.from_first(read)
+        if record is None:
+            return None
+        like = (abstract, None if record["best"] is None else abstract.params)
+        state, self.best_params = hosts.arrays_of_first((found[0].state, found[0].best_params) if found else like)
+        self.best = record["best"]
+        if len(there := record.get("skipped", [])) > len(self._skipped):
+            self._skipped[:] = there
+        return state
+
+    def _read(self, abstract: TrainState) -> Saved | None:
+        """Reads the newest state, and tidies up around it."""
         saved = restore.read_newest(self._folder, abstract, self._config)
         if saved is None:
             return None
@@ -85,19 +113,21 @@ class Saver:
             os.replace(self._folder / str(step), self._folder / f"damaged-{step}-{time.time_ns()}")
         for step in restore.steps(self._folder)[_KEPT:]:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
-        self.best, self.best_params = saved.record["best"], saved.best_params
-        if len(there := saved.record.get("skipped", [])) > len(self._skipped):
-            self._skipped[:] = there
         with self._reporting(last=True):
             self._open()  # which removes states that a killed process was writing
-        return saved.state
+        return saved
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
+                max_to_keep=_KEPT,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
+                create=False,  # Orbax does so only if all processes use it
+                multiprocessing_options=restore.orbax_processes(),
             )
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "best", "record"))
         return self._manager
@@ -128,12 +158,14 @@ class Saver:
           last: the run ends with this state. Returns when it is durable; raises TrainingError if it cannot be saved.
         """
         step = int(state.step)
+        if self.best is not None:
+            self.best_params = self._gather(self.best_params)
+        if not hosts.is_first():
+            return
         if self._saving:
             concurrent.futures.wait([self._saving])
         if step in restore.steps(self._folder):
             return
-        if self.best is not None:
-            self.best_params = jax.device_get(self.best_params)
         with self._reporting(last, step):
             flush()
             self._saving = self._thread.submit(self._save, state, self.best, self.best_params, last)
@@ -210,10 +242,14 @@ class Saver:
         Raises:
           TrainingError: if they cannot be written.
         """
-        with self._reporting(last=True):
-            self._write_best(self.best, self.best_params)
-            of = {"step": int(state.step), "accuracy": accuracy}
-            self._write(FINAL_WEIGHTS, state.params, of, may_be_there=True)
+
+        def write() -> None:
+            with self._reporting(last=True):
+                self._write_best(self.best, self.best_params)
+                of = {"step": int(state.step), "accuracy": accuracy}
+                self._write(FINAL_WEIGHTS, state.params, of, may_be_there=True)
+
+        hosts.from_first(write)
 
     def __enter__(self) -> "Saver":
         return self

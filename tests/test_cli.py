@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,35 @@ def test_main_interrupted_during_its_imports_prints_no_traceback():
         process.send_signal(signal.SIGINT)
         rest = "".join(lines)
     assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in rest
+
+
+IN_A_LIBRARY = """
+import hashlib, os, signal, sys
+from vit_jax import cli
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with cli.leaving_at_second_signal():
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # for minutes no instruction of Python
+    return 0
+cli.run(main)
+"""
+
+
+def test_second_signal_ends_a_long_call_of_a_library():
+    command = [sys.executable, "-c", IN_A_LIBRARY]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None  # the first one is left to the block
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143 and "terminated" in process.stderr.read()
+
+
+def test_second_signal_is_left_to_a_block_that_ends():
+    with pytest.raises(KeyboardInterrupt), cli.leaving_at_second_signal():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.set_wakeup_fd(-1) == -1

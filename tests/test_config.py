@@ -202,3 +202,9 @@ def test_unresolved_auto_differs_from_no_value():
     assert difference(ours, theirs) == difference(theirs, ours) == []
     ours.model.dtype = "float32"
     assert difference(ours, theirs) == ["model.dtype"]
+
+
+def test_value_of_on_nan_may_change_in_a_run():
+    ours, theirs = Config(), Config()
+    theirs.training.on_nan, theirs.run.mesh = "rollback", "fsdp:2"
+    assert not difference(ours, theirs)

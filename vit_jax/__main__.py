@@ -101,7 +101,7 @@ def _run(config: Any, values: Any) -> int:
 
         print(forecast.describe(config, values.target, values.devices, values.hlo or ""))
         return 0
-    from vit_jax import runtime
+    from vit_jax import cli, runtime
     from vit_jax.errors import reason
     from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
     from vit_jax.training import command, hosts, loop, preview
@@ -115,7 +115,7 @@ def _run(config: Any, values: Any) -> int:
         elif values.eval_only:
             print(command.report(config, loop.evaluate(config, workdir)))
         else:
-            with hosts.leaving_on_errors(command.MEMORY_ADVICE):
+            with hosts.leaving_on_errors(command.MEMORY_ADVICE), cli.leaving_at_second_signal():
                 result = loop.train(config, workdir)
             if not result.finished:
                 print(f"stopped and saved in {workdir}; run the same command again to continue", file=sys.stderr)

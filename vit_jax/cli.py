@@ -10,9 +10,11 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from vit_jax.errors import UserError, printable, reason
@@ -155,6 +157,34 @@ class _Errors(io.TextIOWrapper):
 def _flush_stdout() -> int:
     sys.stdout.flush()
     return 0
+
+
+@contextlib.contextmanager
+def leaving_at_second_signal() -> Iterator[None]:
+    """Lets the second SIGINT or SIGTERM in the block end the process within a second, whatever it does.
+
+    Python calls its own handlers only between two of its instructions, and a compilation of XLA is one.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # as set_wakeup_fd wants
+    ended = threading.Event()
+
+    def watch() -> None:
+        received = 0
+        with reader:
+            while number := reader.recv(1):  # b"" when the other end is closed
+                received += number[0] in _SIGNALS
+                if received == 2 and not ended.wait(1):
+                    _exit_on_signal(number[0], None)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:

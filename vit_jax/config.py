@@ -80,7 +80,7 @@ class Training:
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
     save_every: int = 100  # steps between saved states; the last step is always saved
-    on_nan: str = "raise"  # on a training loss that is not finite; "rollback": go back and skip its batch, at most 3 times
+    on_nan: str = "raise"  # on a training loss that is not finite; "rollback": go back and skip its batch, 3 times at most
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,8 +94,8 @@ class Run:
     remat: bool = False  # compute each block again for the gradient: a fraction of the memory, a third more time
     parallel: str = "mesh"  # "mesh": jit over a mesh of all devices; "pmap": the same step under jax.pmap, on one host
     mesh: str = ""  # sizes of the mesh's axes: "data:4,fsdp:2" shares parameters and momentum in two; "": all devices on data
-    deterministic: bool = False  # on a GPU, the same bits at every start, more slowly; the others do so anyway
-    watchdog_minutes: float = 10.0  # without a finished step, after which the run prints what it does; 0: never
+    deterministic: bool = False  # compile for a GPU with deterministic kernels, which are slower; other devices have no others
+    watchdog_minutes: float = 10.0  # without a finished step, after which the stack of every thread is printed; 0: never
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # metric or its description → value to compare with
 
 
@@ -270,8 +270,9 @@ def with_steps(config: Config, images: int) -> Config:
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Names of fields that differ and change the numbers: all but those of `run`. "auto" equals every value.
+    """Names of fields that differ and change the numbers. "auto" equals every value.
 
+    Those of `run` do not, nor does `training.on_nan`, so that a run whose loss was not finite can go on with another value.
     Of `training.steps` and `training.epochs` only the one that says how long `a` is counts.
     """
     same = "steps" if a.training.epochs else "epochs" if a.training.steps == b.training.steps else ""
@@ -282,4 +283,6 @@ def difference(a: Config, b: Config) -> list[str]:
     def differs(ours: Any, theirs: Any) -> bool:
         return ours != theirs and AUTO not in (ours, theirs)
 
-    return [name for name in ours if not name.startswith("run.") and differs(ours[name][0], theirs[name][0])]
+    return [
+        name for name in ours if not name.startswith(("run.", "training.on_nan")) and differs(ours[name][0], theirs[name][0])
+    ]

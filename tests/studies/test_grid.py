@@ -36,7 +36,7 @@ def test_cell_that_another_process_trains_is_waited_for(config, tmp_path, monkey
 @pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
 def test_cell_without_enough_memory_fails_and_the_next_one_runs(config, tmp_path, monkeypatch, error):
     class Done:
-        finished, metrics = True, {"test/accuracy": 0.5}
+        finished, signal, metrics = True, 0, {"test/accuracy": 0.5}
 
     def train(config, workdir):
         if workdir.name == "large":

@@ -145,7 +145,8 @@ def test_mesh_of_another_number_of_devices_is_refused():
 def test_streamed_batches_equal_resident_batches(model_and_params, source_of, parallel):
     expected, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, crop="none")
     found, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, budget=0, crop="none")
-    assert found.tolist() == expected.tolist()
+    # Of two programs, which may fuse their sums differently; test_feed.py compares the batches to the byte.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_dropout_differs_between_devices_under_pmap(model_and_params, source_of):

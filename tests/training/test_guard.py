@@ -48,15 +48,20 @@ def test_ignored_signal_stays_ignored():
 
 def test_metric_that_is_not_finite_is_left_out_of_the_last_line():
     guard.check(3, {"train/loss": 1.0})
-    with pytest.raises(Diverged, match=r"test/loss of step 3 is inf: training has diverged, .*kept\. Lower") as raised:
+    with pytest.raises(Diverged, match=r"test/loss of step 3 is inf: training has diverged, .*kept\. In a new") as raised:
         guard.check(3, {"train/loss": 1.0, "test/loss": float("inf")})
     assert raised.value.line == {"step": 3, "train/loss": 1.0, "diverged": str(raised.value)}
 
 
 def test_message_has_learning_rate_and_gradient_norm():
     line = {"train/loss": float("nan"), "train/gradient_norm": float("inf"), "train/learning_rate": 0.03}
-    with pytest.raises(Diverged, match=r"train/loss of step 3 is nan \(learning rate 0\.03, gradient norm inf\): .*on_nan"):
-        guard.check(3, line)
+    words = r"train/loss of step 3 is nan \(learning rate 0\.03, gradient norm inf\): .*"
+    with pytest.raises(Diverged, match=f"{words}clip_norm; or give this command again with --config.training.on_nan=rollback"):
+        Guard(Config()).step_finished(3, dict(line))
+    (config := Config()).training.on_nan = "rollback"
+    (exhausted := Guard(config)).skipped += [1, 1, 2]
+    with pytest.raises(Diverged, match=f"{words}clip_norm; 3 batches were skipped, and no run skips more"):
+        exhausted.step_finished(3, dict(line))
 
 
 def test_skipped_batches_are_left_out_and_later_ones_move_up():
@@ -120,7 +125,7 @@ def test_rollback_skips_the_batches_wherever_the_run_is_ended(config, tmp_path, 
     assert {line["step"]: line["train/skipped_batches"] for line in found if "train/skipped_batches" in line} == {6: 2, 8: 1}
     said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert [text.split(" is")[0] for text in said] == [f"train/loss of step {step}" for step in (6, 6, 8)]
-    assert "(3 of at most 3); training goes back to the newest saved state" in said[2]
+    assert "(3 of at most 3); training goes on from the newest state, or from the beginning" in said[2]
 
     original = guard.check
     for ended in (7, 10):

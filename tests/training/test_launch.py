@@ -24,7 +24,7 @@ def ended(script: str, number: int = 2) -> tuple[int, float]:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(launch, "_GRACE", 0.7)
+    monkeypatch.setattr(launch, "_GRACE", 3.0)
 
 
 @pytest.mark.parametrize("status", [0, 143, 130])

@@ -73,7 +73,8 @@ with Saver(workdir, {{}}, Config()) as saver:
         saver.save(state_at(5), last=True)
     except TrainingError as error:
         print("error:", error)
-    print(sorted(os.listdir(workdir / "checkpoints")))
+    # A thread of TensorStore may still write to an unfinished state, which the next save removes.
+    print(sorted(name for name in os.listdir(workdir / "checkpoints") if name.isdecimal()))
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     saver.save(state_at(6))
 print(sorted(os.listdir(workdir / "checkpoints")))
@@ -85,7 +86,7 @@ def test_full_disk_costs_only_the_states_of_its_time(tmp_path, limit):
     code = FULL.format(workdir=str(tmp_path), limit=limit)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     error, full, free = done.stdout.splitlines()
-    assert error.startswith(f"error: saving step 5 in {tmp_path} failed (") and "free some space" in error
+    assert error.startswith(f"error: saving step 5 in {tmp_path} failed (") and "when the cause is removed" in error
     assert (full, free) == ("['1', '2']", "['2', '6']")
     for step in (3, 4):
         assert f"saving step {step} in {tmp_path} failed (File too large" in done.stderr and "the run goes on" in done.stderr

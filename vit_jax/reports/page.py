@@ -124,6 +124,11 @@ def _summary(run: Run) -> Iterator[str]:
     yield _headline(run, last, best)
     if run.diverged:
         yield notice(run.diverged, "note warning")
+    if skipped := [f"{line['step']:.0f}" for line in run.metrics if line.get("train/skipped_batches")]:
+        steps = f"step{'s' * (len(skipped) > 1)} {', '.join(skipped)}"
+        yield notice(
+            f"Batches whose loss was not finite were skipped before {steps} (training.on_nan=rollback)", "note warning"
+        )
     for text in run.warnings:
         yield notice(f"Warning: {text}", "note warning")
     rows: list[Sequence[Any]] = [("", "final" if run.finished else "latest", "best", "expected", "difference")]

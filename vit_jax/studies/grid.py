@@ -94,6 +94,7 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
     while waiting:
         busy = []
         for number, cell in enumerate(waiting, 1):
+            stopped = 0
             try:
                 found = result(cell, folder)
                 if found is None and _is_busy(folder / cell.name):
@@ -102,11 +103,12 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
                 if found is None:
                     print(f"[{number} of {len(waiting)}] {cell.name}", file=sys.stderr, flush=True)
                     trained = loop.train(cell.config, folder / cell.name)
-                    if not trained.finished:
-                        raise Stopped(trained.signal)
-                    found = trained.metrics
+                    stopped, found = trained.signal, trained.metrics if trained.finished else None
                     jax.clear_caches()  # the programs of many models would fill the memory
-                yield cell, found
+                if found is not None:
+                    yield cell, found
+                if stopped:  # also if the signal arrived when the run was about to finish
+                    raise Stopped(stopped)
             except Busy:
                 busy.append(cell)
             except Diverged as error:

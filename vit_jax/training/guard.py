@@ -1,4 +1,4 @@
-"""Reasons to end a run early or to go back: signals, and metrics that are not finite; a watchdog for steps that do not end."""
+"""Signals, metrics that are not finite, and a watchdog: what ends a run, takes it back, or reports it."""
 
 import contextlib
 import faulthandler
@@ -17,7 +17,7 @@ from vit_jax.errors import TrainingError
 from vit_jax.training import hosts
 
 _log = logging.getLogger("vit_jax")
-MOST_SKIPPED = 3  # batches of a run that `training.on_nan` skips
+MAX_SKIPPED_BATCHES = 3  # of a run with training.on_nan=rollback
 
 
 class Diverged(TrainingError):
@@ -34,21 +34,21 @@ class Diverged(TrainingError):
 
 
 class _Rollback(Exception):
-    """Ends an attempt at a run whose batch of one step is to be skipped."""
+    """Raised to start again from the newest state, without the batch of a step."""
 
 
-def check(step: int, metrics: dict[str, float]) -> None:
-    """Raises Diverged if a metric of a step is not finite."""
+def check(step: int, metrics: dict[str, float], advice: str = "") -> None:
+    """Raises Diverged if a metric of a step is not finite; `advice` is added to the usual one."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            beside = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm"}
-            values = ", ".join(f"{said} {metrics[other]:.4g}" for other, said in beside.items() if other in metrics)
+            labels = {"train/learning_rate": "learning rate", "train/gradient_norm": "gradient norm"}
+            context = ", ".join(f"{label} {metrics[other]:.4g}" for other, label in labels.items() if other in metrics)
             raise Diverged(
                 step,
                 metrics,
-                f"{name} of step {step} is {value}{values and f' ({values})'}: training has diverged, and the states saved "
-                "before are kept. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, set optimizer.clip_norm or "
-                "skip such batches with training.on_nan=rollback, and start in a new working directory",
+                f"{name} of step {step} is {value}{context and f' ({context})'}: training has diverged, and the states saved "
+                "before are kept. In a new working directory, lower optimizer.learning_rate, lengthen optimizer.warmup_steps "
+                f"or set optimizer.clip_norm{advice}",
             )
 
 
@@ -59,7 +59,8 @@ class Guard:
 
     Attributes:
       signal: the number of the signal that arrived; 0 before one does.
-      skipped: a step for each batch that was skipped, as every saved state records them.
+      skipped: the step of each batch that was skipped, once more if the batch in its place was skipped, too. Every saved
+        state records it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -85,14 +86,17 @@ class Guard:
           Diverged: if a metric is not finite, unless `training.on_nan` says to go back.
         """
         self._finished = (step, time.monotonic())
+        rolls_back = self._on_nan == "rollback"
+        limit = f"; {MAX_SKIPPED_BATCHES} batches were skipped, and no run skips more"
+        skip = "; or give this command again with --config.training.on_nan=rollback, which skips such batches"
         try:
-            check(step, line)
+            check(step, line, limit if rolls_back else skip)
         except Diverged as error:
-            if self._on_nan != "rollback" or len(self.skipped) == MOST_SKIPPED:
+            if not rolls_back or len(self.skipped) == MAX_SKIPPED_BATCHES:
                 raise
             self.skipped.append(step)
             reason = str(error).partition(": ")[0]
-            raise _Rollback(f"{reason}: its batch is skipped ({len(self.skipped)} of at most {MOST_SKIPPED})") from None
+            raise _Rollback(f"{reason}: its batch is skipped ({len(self.skipped)} of at most {MAX_SKIPPED_BATCHES})") from None
         if count := self.skipped.count(step):
             line["train/skipped_batches"] = count
 
@@ -106,7 +110,7 @@ class Guard:
             try:
                 return train()
             except _Rollback as rollback:
-                _log.warning("%s; training goes back to the newest saved state", rollback)
+                _log.warning("%s; training goes on from the newest state, or from the beginning", rollback)
 
     def batches(self, feed: Callable[[int], Generator[Any]], start: int) -> Generator[Any]:
         """The batches of the steps after `start`; `feed` gives all batches from a number on."""
@@ -124,7 +128,7 @@ class Guard:
                 reported = self._finished
                 step, wait = reported[0], "compiling and reading the data can take that long"
                 _log.warning(
-                    "no step has finished for %g minutes (%s): this is what each thread does now; the run goes on",
+                    "no step has finished in the last %g minutes (%s); the run goes on. What each thread does now:",
                     self._limit / 60,
                     wait if step is None else f"the last was step {step}; an evaluation or a slow disk can take that long",
                 )
@@ -141,7 +145,8 @@ class Guard:
     def __enter__(self) -> "Guard":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and shells that start background jobs set it
+                # Ignored, as `nohup` and shells that start background jobs set it, or handled by a library in C.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._received)
         if self._limit:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

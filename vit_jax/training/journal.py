@@ -60,6 +60,7 @@ class Journal:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         found, path = read(workdir), workdir / FILE
         self._workdir, self._start, self._steps = workdir, start, steps
@@ -69,7 +70,7 @@ class Journal:
         self._closing = contextlib.ExitStack()
         self._file = self._closing.enter_context(path.open("ab", buffering=0))
         self._waiting: collections.deque[bytes] = collections.deque()  # lines that are not in the file
-        self._full = False  # whether it is said that they wait
+        self._full = False  # whether the user was told that they wait
         # Not SummaryWriter: a full disk ends its thread, and the next write then waits for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._board: Any = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
@@ -84,6 +85,7 @@ class Journal:
             smoothing=0.05,
         )
         self._closing.callback(self._bar.close)
+        self._closing.enter_context(logging_redirect_tqdm())  # warnings get lines of their own
         self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops the events from there on
         self._shown: dict[str, str] = {}
 
@@ -110,8 +112,9 @@ class Journal:
                 while rest:
                     rest = rest[self._file.write(rest) :]
             except OSError as error:
-                self._file.truncate(end)
-                self._file.seek(end)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(end)
+                    self._file.seek(end)
                 raise OSError(error.errno, error.strerror, str(self._workdir / FILE)) from None
             self._waiting.popleft()
 

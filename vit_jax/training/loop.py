@@ -72,8 +72,9 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                 if last or evaluates:
                     line |= outputs.evaluate(parts, state.params, step, saver)
                 log.write(step, line)
-                stop = guard.stops(step) or saver.finished(step)  # read once: what ends the run is also what saves it
+                stop = guard.stops(step) or saver.finished(step)  # once: a signal between two reads would end the run unsaved
                 if saves or stop:
+                    saver.wait()
                     saver.save(layout.gather(state), log.flush, last=stop)
                 if stop:
                     break

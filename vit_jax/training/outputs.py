@@ -1,9 +1,11 @@
 """Test metrics and predictions of a run. A finished run checks them, and writes those that are missing or damaged."""
 
+import logging
 from typing import Any
 
 import numpy as np
 
+from vit_jax.errors import reason
 from vit_jax.files import whole_file
 from vit_jax.metrics import read
 from vit_jax.training import guard, hosts, journal
@@ -12,6 +14,7 @@ from vit_jax.training.evaluate import has_predictions, metrics, predictions
 from vit_jax.training.feed import Feed
 from vit_jax.training.saving import Saver
 
+_log = logging.getLogger("vit_jax")
 PREDICTIONS = "predictions.npz"
 _BEST = "best/test_accuracy"
 
@@ -32,7 +35,10 @@ def evaluate(parts: Parts, params: Any, step: int, saver: Saver | None = None) -
     if saver and not found:
         _keep_best(parts, params, step, saver, tested)
     if saver and saver.finished(step):
-        _write(saver, step, tested, predicted)
+        try:
+            _write(saver, step, tested, predicted)
+        except OSError as error:  # the last state comes first; then `complete` tries again
+            _log.warning("%s cannot be written yet (%s)", PREDICTIONS, reason(error))
     return found | tested
 
 

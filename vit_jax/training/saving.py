@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +148,11 @@ class Saver:
             return False
         return step - self.best["step"] >= settings.patience * settings.eval_every
 
+    def wait(self) -> None:
+        """Returns when no save is under way, so that the host holds one state at a time."""
+        if self._saving:
+            concurrent.futures.wait([self._saving])
+
     def save(self, state: TrainState, flush: Callable[[], None] = lambda: None, last: bool = False) -> None:
         """Begins to save a state that is on the host, and best.npz if it is new; returns before the state is durable.
 
@@ -162,8 +168,7 @@ class Saver:
             self.best_params = self._gather(self.best_params)
         if not hosts.is_first():
             return
-        if self._saving:
-            concurrent.futures.wait([self._saving])
+        self.wait()
         if step in restore.steps(self._folder):
             return
         with self._reporting(last, step):
@@ -200,12 +205,14 @@ class Saver:
         except TrainingError:
             raise
         except Exception as error:  # of many kinds, by Orbax and TensorStore
-            saving = f"saving{f' step {step}' * (step is not None)} in {self.workdir} failed ({reason(error, 300)})"
+            what = "opening the saved states" if step is None else f"saving step {step}"
+            number = re.search(r"\[OS error (\d+)", str(error))  # of TensorStore, behind many words about its layers
+            saving = f"{what} in {self.workdir} failed ({os.strerror(int(number[1])) if number else reason(error, 300)})"
             if not last:
                 _log.warning("%s. Earlier states are unchanged; the run goes on, and its next save tries again", saving)
                 return
             raise TrainingError(
-                f"{saving}. Earlier states are unchanged; free some space and give the same command again to continue"
+                f"{saving}. Earlier states are unchanged; give the same command again when the cause is removed"
             ) from error
 
     def _write_best(self, best: dict[str, float] | None, params: Any) -> None:

@@ -133,7 +133,7 @@ class Target:
 
     def __init__(self, config: Config, devices: list[Any]):
         """`config` is checked, and has no published weights as a checkpoint that are not on this machine."""
-        self.layout, self.resized = Layout("mesh", devices, config.run.mesh), False
+        self.layout, self.resized = Layout("mesh", devices, config.run.mesh, config.run.deterministic), False
         row = task(config.data.task)
         chosen = names(row, config.data)
         splits = {"training": chosen.train, "validation": chosen.validation, "test": chosen.test}

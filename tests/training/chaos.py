@@ -117,11 +117,9 @@ def start_read_only(config: Path, workdir: Path) -> list[str]:
 
 
 def damage(workdir: Path, how: str, draw: random.Random) -> None:
-    """Damages one file of the newest state, if there is another state."""
-    states = restore.steps(workdir / "checkpoints")
-    if len(states) < 2:
-        return
-    path = draw.choice(sorted(path for path in (workdir / "checkpoints" / str(states[0])).rglob("*") if path.is_file()))
+    """Damages one file of the newest state."""
+    newest = workdir / "checkpoints" / str(restore.steps(workdir / "checkpoints")[0])
+    path = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
     content = bytearray(path.read_bytes())
     if how == "file missing":
         path.unlink()
@@ -134,20 +132,24 @@ def disturb(config: Path, workdir: Path, kind: Kind, draw: random.Random, second
     """Starts the run and disturbs it before its end; returns the moment, and what is wrong."""
     while True:
         start, moment = Start(config, workdir, fork=draw.random() > 0.08), draw.choice([*MOMENTS])
+        if kind.then in DAMAGES:
+            start.wait(lambda: len(restore.steps(workdir / "checkpoints")) > 1)
         MOMENTS[moment](start, workdir, draw.randrange(1, STEPS), seconds)
         start.wait(seconds=draw.choice([0, draw.uniform(0, 0.02), draw.uniform(0, 0.3)]))
-        if not start.ended():
+        lines, began = metrics(workdir).count("\n"), not start.ended()
+        if began and kind.then == "full":
+            fill_disk(start, draw)
+        for number in kind.signals:
+            start.send(number)
+            time.sleep(draw.uniform(0, 0.1))
+        status = start.wait()
+        if began and (status or 0 in kind.statuses):
             break
         shutil.rmtree(workdir)  # it ended before
-    moment += f", {metrics(workdir).count(chr(10))} lines"
-    if kind.then == "full":
-        fill_disk(start, draw)
-    for number in kind.signals:
-        start.send(number)
-        time.sleep(draw.uniform(0, 0.1))
-    if start.wait() not in kind.statuses:
+    moment += f", {lines} lines, status {status}"
+    if status not in kind.statuses:
         start.send(signal.SIGKILL)
-        return moment, [f"status {start.status}"]
+        return moment, [moment]
     if kind.then == "read-only":
         return moment, start_read_only(config, workdir)
     if kind.then in DAMAGES:
@@ -169,19 +171,22 @@ def run_case(number: int, folder: Path, config: Path, seconds: float) -> dict:
     draw = random.Random(number)
     name = draw.choices([*KINDS], [kind.weight for kind in KINDS.values()])[0]
     kind, disk = KINDS[name], folder / f"case-{number}"
-    found: dict = {"case": number, "kind": name, "moments": [], "wrong": []}
+    found: dict = {"case": number, "kind": name, "moments": [], "fell_back": 0, "failed_saves": 0, "wrong": []}
     unmount(disk)  # of a campaign that was ended
     shutil.rmtree(disk, ignore_errors=True)
     disk.mkdir()
     try:
         if kind.then == "full":
             mount("-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk)
-        for _ in range(draw.choice([1, 1, 2])):
+        # Only once if a state is damaged: a run that is killed at once has no other state yet.
+        for _ in range(1 if kind.then in DAMAGES else draw.choice([1, 1, 2])):
             moment, wrong = disturb(config, disk / "run", kind, draw, seconds)
             found["moments"].append(moment)
             found["wrong"] += wrong
         for _ in range(draw.choice([1, 1, 2])):  # the second one is a finished run that is started again
             found["wrong"] += finish(config, disk / "run", folder / "reference" / "run", kind.then in DAMAGES)
+        found["fell_back"] = len([*(disk / "run" / "checkpoints").glob("damaged-*")])
+        found["failed_saves"] = disk.with_suffix(".log").read_text(errors="replace").count("Earlier states are unchanged")
     except PermissionError as error:
         found["skipped"] = str(error)
     if not found["wrong"]:
@@ -217,6 +222,7 @@ def main(cases: int, folder: Path) -> int:
         done.append({"case": -1, "kind": "temporary files", "moments": [], "wrong": left})
     moments = collections.Counter(moment.split(",")[0] for found in done for moment in found["moments"])
     summary = {"cases": len(done), "kinds": collections.Counter(found["kind"] for found in done), "moments": moments}
+    summary |= {what: sum(found.get(what, 0) for found in done) for what in ("fell_back", "failed_saves")}
     summary |= {what: [found for found in done if found.get(what)] for what in ("skipped", "wrong")}
     print(json.dumps(summary))
     return bool(summary["wrong"])

@@ -38,7 +38,7 @@ class Kind:
     Attributes:
       statuses: the exit statuses that the process may then have.
       weight: how often the kind is drawn, next to the others.
-      signals: which are sent one after the other.
+      signals: which are sent one after the other; on several hosts, to one of them.
       then: what happens to its files afterwards: one of DAMAGES, or "read-only": it is started on a folder that cannot be
         written. Instead of signals, "full": its disk is full for a while.
     """
@@ -47,6 +47,7 @@ class Kind:
     weight: int = 1
     signals: tuple[int, ...] = ()
     then: str = ""
+    hosts: int = 1
 
 
 # Before its handlers are set, a signal ends a process by itself, which a shell reports as the same status. A run that is at its
@@ -57,7 +58,9 @@ KINDS = {
     "TERM": Kind({-15, 143, 0}, 3, (signal.SIGTERM,)),
     "INT": Kind({-2, 130, 0}, 1, (signal.SIGINT,)),
     "TERM, TERM": Kind({-15, 143, 0}, 1, (signal.SIGTERM, signal.SIGTERM)),
-    # Here is the place of a run of several processes, one of which is killed.
+    "KILL one of two hosts": Kind({0, 1}, 2, (signal.SIGKILL,), hosts=2),
+    # A host that has no handlers yet ends alone.
+    "TERM to one of two hosts": Kind({0, 1, 143}, 1, (signal.SIGTERM,), hosts=2),
     "disk full": Kind({0, 1}, 2, then="full"),
     "folder read-only": Kind({-9}, 1, (signal.SIGKILL,), "read-only"),
     **{damage: Kind({-9}, 1, (signal.SIGKILL,), damage) for damage in DAMAGES},
@@ -132,7 +135,7 @@ def damage(workdir: Path, how: str, draw: random.Random) -> None:
 def disturb(config: Path, workdir: Path, kind: Kind, draw: random.Random, seconds: float) -> tuple[str, list[str]]:
     """Starts the run and disturbs it before its end; returns the moment, and what is wrong."""
     while True:
-        start, moment = Start(config, workdir, fork=draw.random() > 0.08), draw.choice([*MOMENTS])
+        start, moment = Start(config, workdir, draw.random() > 0.08, kind.hosts), draw.choice([*MOMENTS])
         if kind.then in DAMAGES:
             start.wait(lambda: len(restore.steps(workdir / "checkpoints")) > 1)
         MOMENTS[moment](start, workdir, draw.randrange(1, STEPS), seconds)
@@ -141,7 +144,7 @@ def disturb(config: Path, workdir: Path, kind: Kind, draw: random.Random, second
         if began and kind.then == "full":
             fill_disk(start, draw)
         for number in kind.signals:
-            start.send(number)
+            start.send(number) if kind.hosts == 1 else start.send_to_host(draw.randrange(kind.hosts), number)
             time.sleep(draw.uniform(0, 0.1))
         status = start.wait()
         if began and (status or 0 in kind.statuses):
@@ -158,19 +161,24 @@ def disturb(config: Path, workdir: Path, kind: Kind, draw: random.Random, second
     return moment, []
 
 
-def finish(config: Path, workdir: Path, reference: Path, damaged: bool) -> list[str]:
+def finish(config: Path, workdir: Path, reference: Path, damaged: bool, hosts: int) -> list[str]:
     """Starts the run until it ends; returns what is wrong then."""
-    start = Start(config, workdir)
+    start = Start(config, workdir, hosts=hosts)
     if start.wait():
         return [f"status {start.status} when started again"]
     said = [word for word in ("Traceback", "damaged") if word in start.said() and not (damaged and word == "damaged")]
     return said + differences(reference, workdir, ["checkpoints/damaged-"] * damaged)
 
 
-def run_case(number: int, folder: Path, config: Path, seconds: float) -> dict:
-    """Returns the line of cases.jsonl; "skipped" says why a case was not made."""
+def drawn(number: int) -> tuple[random.Random, str]:
+    """The draws of a case, of which the first one is the name of its kind."""
     draw = random.Random(number)
-    name = draw.choices([*KINDS], [kind.weight for kind in KINDS.values()])[0]
+    return draw, draw.choices([*KINDS], [kind.weight for kind in KINDS.values()])[0]
+
+
+def run_case(number: int, folder: Path, config: Path, seconds: dict[int, float]) -> dict:
+    """Returns the line of cases.jsonl; "skipped" says why a case was not made. `seconds` is what a run takes, by its hosts."""
+    draw, name = drawn(number)
     kind, disk = KINDS[name], folder / f"case-{number}"
     found: dict = {"case": number, "kind": name, "moments": [], "fell_back": 0, "failed_saves": 0, "wrong": []}
     unmount(disk)  # of a campaign that was ended
@@ -181,11 +189,12 @@ def run_case(number: int, folder: Path, config: Path, seconds: float) -> dict:
             mount("-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk)
         # Only once if a state is damaged: a run that is killed at once has no other state yet.
         for _ in range(1 if kind.then in DAMAGES else draw.choice([1, 1, 2])):
-            moment, wrong = disturb(config, disk / "run", kind, draw, seconds)
+            moment, wrong = disturb(config, disk / "run", kind, draw, seconds[kind.hosts])
             found["moments"].append(moment)
             found["wrong"] += wrong
+        reference = folder / f"reference-{kind.hosts}" / "run"
         for _ in range(draw.choice([1, 1, 2])):  # the second one is a finished run that is started again
-            found["wrong"] += finish(config, disk / "run", folder / "reference" / "run", kind.then in DAMAGES)
+            found["wrong"] += finish(config, disk / "run", reference, kind.then in DAMAGES, kind.hosts)
         found["fell_back"] = len([*(disk / "run" / "checkpoints").glob("damaged-*")])
         found["failed_saves"] = disk.with_suffix(".log").read_text(errors="replace").count("Earlier states are unchanged")
     except PermissionError as error:
@@ -197,24 +206,28 @@ def run_case(number: int, folder: Path, config: Path, seconds: float) -> dict:
     return found
 
 
-def uninterrupted(folder: Path) -> tuple[Path, float]:
-    """Makes the run that the others are compared with; returns its configuration and the seconds that it takes."""
+def uninterrupted(folder: Path, numbers: set[int]) -> tuple[Path, dict[int, float]]:
+    """Makes the runs that the others are compared with, for each number of hosts; returns their configuration and seconds."""
     config = folder / "config.json"
     # In another process: a fork of a process that has used a device does not work.
     subprocess.run([sys.executable, "-m", "tests.training.starts", folder / "tiny.npz", config], cwd=ROOT, check=True)
-    for name in ("warm", "reference"):  # the second one finds what the first one compiled
-        shutil.rmtree(folder / name, ignore_errors=True)
-        start, began = Start(config, folder / name / "run"), time.monotonic()
-        assert start.wait() == 0, start.said()
-    return config, time.monotonic() - began
+    seconds = {}
+    for hosts in numbers:
+        for name in ("warm", f"reference-{hosts}"):  # the second one finds what the first one compiled
+            shutil.rmtree(folder / name, ignore_errors=True)
+            start, began = Start(config, folder / name / "run", hosts=hosts), time.monotonic()
+            assert start.wait() == 0, start.said()
+        seconds[hosts] = time.monotonic() - began
+    return config, seconds
 
 
 def main(cases: int, folder: Path) -> int:
     """Runs the cases that are not finished; returns the exit status."""
     journal = folder / "cases.jsonl"
     done = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    config, seconds = uninterrupted(folder)
-    for number in sorted({*range(cases)} - {found["case"] for found in done}):
+    missing = sorted({*range(cases)} - {found["case"] for found in done})
+    config, seconds = uninterrupted(folder, {KINDS[drawn(number)[1]].hosts for number in missing})
+    for number in missing:
         done.append(run_case(number, folder, config, seconds))
         with whole_file(journal) as file:
             file.write("".join(json.dumps(line) + "\n" for line in done).encode())

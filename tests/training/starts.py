@@ -49,14 +49,17 @@ def _end_with_parent() -> None:
 
 
 class Start:
-    """One start of the run: a fork of this process, whose libraries are imported but unused, or main.py itself."""
+    """One start of the run: a fork of this process, whose libraries are imported but unused, or main.py itself.
 
-    def __init__(self, config: Path, workdir: Path, fork: bool = True):
+    On several hosts, it is the process that starts them.
+    """
+
+    def __init__(self, config: Path, workdir: Path, fork: bool = True, hosts: int = 1):
         workdir.parent.mkdir(parents=True, exist_ok=True)
         self.workdir, self.log = workdir, workdir.parent.with_suffix(".log")  # not on the disk of the run
         with open(self.log, "ab") as log:
-            if not fork:
-                command = [sys.executable, "main.py", "--config", str(config), "--workdir", str(workdir)]
+            if not fork or hosts > 1:
+                command = [sys.executable, "main.py", "--config", str(config), "--workdir", str(workdir), f"--hosts={hosts}"]
                 self.pid = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=_end_with_parent).pid
             elif not (pid := os.fork()):
                 _end_with_parent()
@@ -92,7 +95,7 @@ class Start:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status is not None
 
-    def wait(self, until: Callable[[], bool] = lambda: False, seconds: float = 120) -> int | None:
+    def wait(self, until: Callable[[], bool] = lambda: False, seconds: float = 300) -> int | None:
         """Waits until something is so, the process has ended or the time is over; returns the exit status if it has ended."""
         limit = time.monotonic() + seconds
         while not self.ended() and not until() and time.monotonic() < limit:
@@ -102,6 +105,15 @@ class Start:
     def send(self, number: int) -> None:
         if self.status is None:
             os.kill(self.pid, number)
+
+    def send_to_host(self, index: int, number: int) -> None:
+        """Sends a signal to one of the hosts, as soon as it is there and unless it has ended."""
+        children, found = Path(f"/proc/{self.pid}/task/{self.pid}/children"), []
+        while not self.ended() and not found:
+            commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in children.read_text().split()}
+            found = [pid for pid, path in commands.items() if path.read_bytes().endswith(f"--process_id\0{index}\0".encode())]
+        for pid in found:
+            os.kill(int(pid), number)
 
 
 def metrics(workdir: Path) -> str:

@@ -32,7 +32,7 @@ def test_campaign_goes_on_after_the_finished_cases(tmp_path, monkeypatch, capsys
         made.append(number)
         return {"case": number, "kind": "KILL", "moments": ["step, 3 lines"], "wrong": ["final.npz"] * (number == 4)}
 
-    monkeypatch.setattr(chaos, "uninterrupted", lambda folder: (folder / "config.json", 1.0))
+    monkeypatch.setattr(chaos, "uninterrupted", lambda folder, hosts: (folder / "config.json", dict.fromkeys(hosts, 1.0)))
     monkeypatch.setattr(chaos, "run_case", case)
     assert chaos.main(3, tmp_path) == 0 and chaos.main(3, tmp_path) == 0 and made == [0, 1, 2]
     assert chaos.main(5, tmp_path) == 1 and made == [0, 1, 2, 3, 4]
@@ -71,5 +71,5 @@ def test_case_is_skipped_with_the_reason_if_mount_is_not_allowed(tmp_path, monke
     (tmp_path / "umount").write_text("#!/bin/sh\nexit 1\n")
     for name in ("mount", "umount"):
         (tmp_path / name).chmod(0o755)
-    found = chaos.run_case(0, tmp_path, tmp_path / "config.json", 1.0)
+    found = chaos.run_case(0, tmp_path, tmp_path / "config.json", {1: 1.0})
     assert found["skipped"] == "mount: must be superuser" and not found["wrong"]

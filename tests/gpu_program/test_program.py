@@ -65,10 +65,17 @@ def test_memory_is_what_the_page_says(run):
     assert 0.9 * documented(**fields) < plan.arguments + plan.temporary <= 1.03 * documented(**fields)
 
 
-def test_eight_cards_exchange_only_gradients(train_step):
+@pytest.fixture(scope="module")
+def on_eight_cards(train_step):
+    """The programs of two meshes, compiled at once."""
+    runs = [dict(batch=512), dict(model="S/16", batch=64, mesh="fsdp:8")]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda fields: train_step(card="h100", devices=8, dropout=0.0, **fields), runs))
+
+
+def test_eight_cards_exchange_only_gradients(on_eight_cards):
     """In the types of the products that they come from, while the backward pass goes on; activations stay where they are."""
-    plan = train_step(card="h100", devices=8, batch=512, dropout=0.0)
-    found = hlo.collectives(plan.module)
+    found = hlo.collectives(on_eight_cards[0].module)
     assert {collective.opcode for collective in found} == {"all-reduce"}
     assert all(collective.asynchronous for collective in found)
     assert {kind for collective in found for kind in collective.types} == {"bf16", "f32"}
@@ -77,11 +84,10 @@ def test_eight_cards_exchange_only_gradients(train_step):
     assert 1.9 * parameters < sizes["bf16"] < 2.1 * parameters and sizes["f32"] < 0.05 * sizes["bf16"]
 
 
-def test_fsdp_gathers_parameters_and_scatters_gradients_in_pieces(train_step):
+def test_fsdp_gathers_parameters_and_scatters_gradients_in_pieces(on_eight_cards):
     """Both while kernels run; what is reduced on all cards is small: the arrays that do not divide, and the norm."""
-    plan = train_step(card="h100", devices=8, model="S/16", batch=64, dropout=0.0, mesh="fsdp:8")
     parameters = 21_704_164
-    found = hlo.collectives(plan.module)
+    found = hlo.collectives(on_eight_cards[1].module)
     size = {
         opcode: sum(c.bytes for c in found if c.opcode == opcode) for opcode in ("all-gather", "reduce-scatter", "all-reduce")
     }

@@ -130,6 +130,32 @@ def test_launchers_that_jax_detects_need_no_option(monkeypatch):
     assert calls == [{"heartbeat_timeout_seconds": hosts.HEARTBEAT}] * 3
 
 
+LAUNCHERS = {
+    "Slurm": {"JOB_ID": 77, "STEP_NODELIST": "localhost", "NTASKS": 2, "STEP_NUM_TASKS": 2, "PROCID": "{}", "LOCALID": "{}"},
+    "Open MPI": {
+        **{f"COMM_WORLD_{name}": value for name, value in {"SIZE": 2, "RANK": "{}", "LOCAL_RANK": "{}"}.items()},
+        "MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+    },
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_hosts_find_each_other_by_the_variables_of_a_launcher(launcher):
+    prefix = {"Slurm": "SLURM_", "Open MPI": "OMPI_"}[launcher]
+    script = "from vit_jax.training import hosts; hosts.initialize('', 1, 0); print(hosts.from_first(lambda: 'said by host 0'))"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=os.environ | {prefix + name: str(value).format(index) for name, value in LAUNCHERS[launcher].items()},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    assert [process.communicate(timeout=100)[0].splitlines()[-1] for process in started] == ["said by host 0"] * 2
+
+
 class Start:
     """A start of `vit_jax train` in a process of its own."""
 

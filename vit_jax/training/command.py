@@ -38,8 +38,8 @@ usage: {program} --config FILE [--config.SECTION.FIELD=VALUE …] [--workdir DIR
   --hosts N        start N processes on this machine, each as a host of the run, to try that without GPUs; of these, one
                    process uses all
   --coordinator HOST:PORT, --num_processes N, --process_id I
-                   this is host I of N, and host 0 listens at that address; "--coordinator auto" on Kubernetes; on Slurm
-                   and Open MPI nothing is needed. Only host 0 needs the folder of the run
+                   this is host I of N, and host 0 listens at that address; "--coordinator auto" on Kubernetes
+                   (with jax[k8s]); on Slurm and Open MPI nothing is needed. Only host 0 needs the folder of the run
   --help           this text and every field; with --config, the values of that file
 """
 MEMORY_ADVICE = (

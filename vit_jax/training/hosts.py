@@ -1,7 +1,8 @@
 """Several hosts that train one model together: processes of JAX's distributed runtime, each with devices of its own.
 
 Every host runs the same program. Host 0 alone reads and writes the working directory, so the others need not see it; what
-it finds or decides there, the others are told. On one host every function does the obvious and costs nothing.
+it finds or decides there, the configuration included, the others are told. On one host every function does the obvious and
+costs nothing.
 """
 
 import contextlib

@@ -36,6 +36,7 @@ def test_campaign_goes_on_after_the_finished_cases(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(chaos, "run_case", case)
     assert chaos.main(3, tmp_path) == 0 and chaos.main(3, tmp_path) == 0 and made == [0, 1, 2]
     assert chaos.main(5, tmp_path) == 1 and made == [0, 1, 2, 3, 4]
+    assert chaos.main(5, tmp_path) == 1 and made[5:] == [4]  # what failed is made again
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["cases"] == 5 and found["moments"] == {"step": 5} and [case["case"] for case in found["wrong"]] == [4]
 

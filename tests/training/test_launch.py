@@ -10,6 +10,9 @@ import pytest
 
 from vit_jax.training import launch
 
+# The parent forks, and other tests of this process have used JAX; `--hosts` itself does not.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")
+
 # What a host does; sys.argv is ["-c", "--process_id", index].
 PRELUDE = "import os, signal, sys, time; index = int(sys.argv[2])\n"
 SLEEP = "time.sleep(60)"

@@ -125,10 +125,10 @@ def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monke
     workdir, result = uninterrupted
     original = guard.check
 
-    def interrupt(step, found):  # called when a step's metrics are read, and after an evaluation
+    def interrupt(step, found, *advice):  # called when a step's metrics are read, and after an evaluation
         if step == stop_after and ("test/loss" in found or step % 4):
             os.kill(os.getpid(), signal.SIGTERM)
-        original(step, found)
+        original(step, found, *advice)
 
     monkeypatch.setattr(guard, "check", interrupt)
     stopped = loop.train(config, tmp_path)
@@ -203,8 +203,8 @@ def test_unprepared_data_error_names_the_command(config, tmp_path, monkeypatch):
 def test_diverged_run_stops_with_advice(config, tmp_path, monkeypatch, name):
     original = guard.check
 
-    def spoilt(step, found):
-        original(step, found | {name: float("nan")} if step == 4 and name in found else found)
+    def spoilt(step, found, *advice):
+        original(step, found | {name: float("nan")} if step == 4 and name in found else found, *advice)
 
     monkeypatch.setattr(guard, "check", spoilt)
     with pytest.raises(TrainingError, match=f"{name} of step 4 is nan.*: training has diverged"):

@@ -28,11 +28,22 @@ def ended(script: str, number: int = 2) -> tuple[int, float]:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     monkeypatch.setattr(launch, "_GRACE", 3.0)
+    monkeypatch.setattr(launch, "_STOP_GRACE", 1.0)
 
 
 @pytest.mark.parametrize("status", [0, 143, 130])
 def test_hosts_that_end_together_have_one_status(capsys, status):
     assert ended(f"sys.exit({status})")[0] == status and capsys.readouterr().err == ""
+
+
+def test_host_that_a_signal_stops_before_it_has_handlers_has_the_same_status(capsys):
+    script = "sys.exit(143) if index == 0 else os.kill(os.getpid(), signal.SIGTERM)"
+    assert ended(script)[0] == 143 and capsys.readouterr().err == ""
+
+
+def test_host_that_does_not_answer_a_signal_to_all_is_killed(capsys):
+    hosts = [launch._Host([sys.executable, "-c", f"{PRELUDE}sys.exit(143) if index else {SLEEP}"], index) for index in range(2)]
+    assert launch._wait(hosts, [signal.SIGTERM]) == 143 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

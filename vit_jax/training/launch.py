@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 LOST = 75  # the exit status of a host that has lost another one (EX_TEMPFAIL)
-_GRACE = (
-    25.0  # seconds that the others have after the first has ended; longer than hosts.HEARTBEAT, so that one that hangs is known
-)
+# Seconds that the others have after the first has ended; longer than hosts.HEARTBEAT, so that one that hangs is known.
+_GRACE = 25.0
+# The same after a signal to all. A host that waits for another one to start does not answer signals, and has nothing to save.
+_STOP_GRACE = 5.0
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -43,8 +45,12 @@ class _Host:
         )
 
     def status(self) -> int | None:
-        """The exit status, or minus the number of the signal that killed it; None while it runs."""
-        return self.process.poll()
+        """The exit status, or minus the number of the signal that killed it; None while it runs.
+
+        A process that has no handlers yet when a signal asks it to stop has the same status as later.
+        """
+        status = self.process.poll()
+        return 128 - status if status in (-signal.SIGINT, -signal.SIGTERM) else status
 
     def end(self) -> None:
         """Kills the process if it still runs."""
@@ -81,8 +87,10 @@ def launch(arguments: list[str], number: int) -> int:
     command = [sys.executable, "-m", "vit_jax", "train", *arguments, "--hosts=1"]
     command += ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(number)]
     hosts: list[_Host] = []
+    received: list[int] = []
 
     def forward(signum: int, frame: Any) -> None:
+        received.append(signum)
         for host in hosts:
             if host.status() is None:
                 host.process.send_signal(signum)
@@ -90,20 +98,26 @@ def launch(arguments: list[str], number: int) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(name) != signal.SIG_IGN:
             signal.signal(name, forward)
-    hosts += [_Host(command, index) for index in range(number)]
-    return _wait(hosts)
+    for index in range(number):
+        hosts.append(_Host(command, index))
+        for signum in received:  # by the hosts before
+            hosts[-1].process.send_signal(signum)
+    return _wait(hosts, received)
 
 
-def _wait(hosts: list[_Host]) -> int:
-    """The exit status of the run; ends the hosts that are left when one has ended, after some time."""
+def _wait(hosts: list[_Host], received: Sequence[int] = ()) -> int:
+    """The exit status of the run; ends the hosts that are left when one has ended, after some time.
+
+    `received` are the signals that were passed on to all hosts until now.
+    """
     try:
-        return _status(hosts)
+        return _status(hosts, received)
     finally:
         for host in hosts:
             host.end()
 
 
-def _status(hosts: list[_Host]) -> int:
+def _status(hosts: list[_Host], received: Sequence[int]) -> int:
     """The exit status of the run, with a sentence on standard error if it did not end well."""
     ended: dict[int, int] = {}  # host → status, in the order in which they end
     deadline = float("inf")
@@ -112,11 +126,12 @@ def _status(hosts: list[_Host]) -> int:
             if host.index not in ended and (status := host.status()) is not None:
                 ended[host.index] = status
                 if len(ended) == 1:
-                    deadline = time.monotonic() + _GRACE
+                    deadline = time.monotonic() + (_STOP_GRACE if received and status in _STOPPED else _GRACE)
         time.sleep(0.05)
-    left = [host for host in hosts if host.index not in ended]
-    if not left and len(set(ended.values())) == 1 and ended[0] in (0, *_STOPPED):
-        return ended[0]
+    left, statuses = [host for host in hosts if host.index not in ended], set(ended.values())
+    together = not left and statuses <= {0, *_STOPPED}
+    if len(statuses) == 1 and (together or (received and statuses <= {*_STOPPED})):
+        return statuses.pop()
     print(f"\nerror: {_cause(hosts, ended, left)}", file=sys.stderr)  # the line of the progress bar has no end
     return 1
 

@@ -130,8 +130,8 @@ def test_rollback_skips_the_batches_wherever_the_run_is_ended(config, tmp_path, 
     original = guard.check
     for ended in (7, 10):
 
-        def end(step, line, ended=ended):
-            original(step, line)
+        def end(step, line, *advice, ended=ended):
+            original(step, line, *advice)
             if step == ended:
                 monkeypatch.setattr(guard, "check", original)
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -54,3 +54,15 @@ def test_other_errors_of_a_cell_are_raised(config, tmp_path, monkeypatch):
     monkeypatch.setattr(grid.loop, "train", lambda config, workdir: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(grid.run([grid.Cell("a", config)], tmp_path))
+
+
+def test_signal_at_the_end_of_a_cell_stops_the_study_after_it(config, tmp_path, monkeypatch):
+    class Done:
+        finished, signal, metrics = True, 15, {"test/accuracy": 0.5}
+
+    monkeypatch.setattr(grid.loop, "train", lambda config, workdir: Done)
+    cells = grid.run([grid.Cell(name, config) for name in "ab"], tmp_path)
+    assert next(cells)[1] == Done.metrics
+    with pytest.raises(grid.Stopped) as stopped:
+        next(cells)
+    assert stopped.value.number == 15

@@ -104,7 +104,7 @@ def fill_disk(start: Start, draw: random.Random) -> None:
     with contextlib.suppress(OSError):  # the run has written meanwhile
         full.write_bytes(bytes(max(free, 0) // 4096 * 4096))
     ends_soon = draw.random() < 0.5
-    start.wait(lambda: ends_soon and "Earlier states are unchanged" in start.said(), draw.uniform(0.5, 20))
+    start.wait(lambda: ends_soon and "Earlier states are unchanged" in start.log_text(), draw.uniform(0.5, 20))
     full.unlink()
 
 
@@ -117,7 +117,7 @@ def start_read_only(config: Path, workdir: Path) -> list[str]:
     try:
         mount("-o", "remount,bind,ro", workdir)
         start = Start(config, workdir)
-        status, last = start.wait(), start.said().splitlines()[-1]
+        status, last = start.wait(), start.log_text().splitlines()[-1]
     finally:
         unmount(workdir)
     right = status == 1 and last.startswith("error: ") and "Read-only file system" in last
@@ -170,7 +170,7 @@ def finish(config: Path, workdir: Path, reference: Path, damaged: bool, hosts: i
     start = Start(config, workdir, hosts=hosts)
     if start.wait():
         return [f"status {start.status} when started again"]
-    said = [word for word in ("Traceback", "damaged") if word in start.said() and not (damaged and word == "damaged")]
+    said = [word for word in ("Traceback", "damaged") if word in start.log_text() and not (damaged and word == "damaged")]
     return said + differences(reference, workdir, ["checkpoints/damaged-"] * damaged)
 
 
@@ -220,7 +220,7 @@ def uninterrupted(folder: Path, numbers: set[int]) -> tuple[Path, dict[int, floa
         for name in ("warm", f"reference-{hosts}"):  # the second one finds what the first one compiled
             shutil.rmtree(folder / name, ignore_errors=True)
             start, began = Start(config, folder / name / "run", hosts=hosts), time.monotonic()
-            assert start.wait() == 0, start.said()
+            assert start.wait() == 0, start.log_text()
         seconds[hosts] = time.monotonic() - began
     return config, seconds
 

@@ -83,7 +83,7 @@ class Start:
         logging.getLogger().handlers.clear()  # of libraries, for the standard error that cli.run replaces
         cli.run(lambda: cli.call(train))
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """What this start and those before it have printed."""
         return self.log.read_text(errors="replace")
 

@@ -177,3 +177,9 @@ def test_watchdog_of_zero_minutes_is_off(caplog):
     with Guard(config):
         time.sleep(0.1)
     assert not caplog.text
+
+
+def test_handler_of_a_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as for handlers that Python did not install
+    with Guard(Config()) as guarding:
+        assert not guarding._before

@@ -235,3 +235,8 @@ def test_interval_is_computed_from_the_evaluated_images(run, unrendered):
     (run / "predictions.npz").unlink()
     edit(run, data__task="cifar100", run__data_dir="/nowhere")
     assert "95 % interval 0" not in Page(write(run)).text
+
+
+def test_page_names_the_steps_before_which_batches_were_skipped(run, unrendered):
+    write_lines(run, [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 2.0, "train/skipped_batches": 2}])
+    assert "whose loss was not finite were skipped before step 2 (training.on_nan=rollback)" in Page(write(run)).text

@@ -1,5 +1,6 @@
 """What a run leaves: predictions and last metrics, written again when they are missing or damaged."""
 
+import errno
 import json
 import os
 import shutil
@@ -189,3 +190,18 @@ def test_run_whose_own_images_changed_is_not_resumed(config, tmp_path):
     file.unlink()
     with pytest.raises(ConfigError, match="the images of folder:.* have changed since this run began"):
         loop.train(config, tmp_path / "run")
+
+
+def test_predictions_that_cannot_be_written_do_not_cost_the_last_state(config, tmp_path, monkeypatch):
+    original = outputs.whole_file
+
+    def full(path):
+        if path.name == outputs.PREDICTIONS:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(outputs, "whole_file", full)
+        loop.train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "12").is_dir()
+    assert loop.train(config, tmp_path).finished and (tmp_path / outputs.PREDICTIONS).is_file()

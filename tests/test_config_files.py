@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vit_jax.config import Config, check
+from vit_jax.config import Config
 from vit_jax.config_files import from_json, read, to_json
+from vit_jax.config_rules import check
 from vit_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

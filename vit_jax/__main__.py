@@ -70,7 +70,8 @@ def train(argv: list[str], program: str) -> int:
 def _train(argv: list[str], program: str) -> int:
     import logging
 
-    from vit_jax import cli, config
+    from vit_jax import cli
+    from vit_jax.config_rules import check
     from vit_jax.errors import ConfigError
     from vit_jax.training import command
 
@@ -81,7 +82,7 @@ def _train(argv: list[str], program: str) -> int:
         if values.help:
             print(f"{command.HELP.format(program=program, cards=', '.join(command.CARDS))}\n{command.describe_fields(parsed)}")
             return 0
-        config.check(parsed)
+        check(parsed)
     except ConfigError as error:
         cli.fail(error)
         return 2

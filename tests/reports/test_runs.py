@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.reports.pages import edit
-from vit_jax.config import check
 from vit_jax.config_files import from_json
+from vit_jax.config_rules import check
 from vit_jax.errors import ConfigError, DataError, ReportError
 from vit_jax.reports.markup import figure_html
 from vit_jax.reports.runs import Missing, read_run

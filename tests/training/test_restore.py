@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training.states import ABSTRACT, OPTIMIZER, read_state, restored, same, saved, state_at
-from vit_jax.config import Config, with_steps
+from vit_jax.config import Config
 from vit_jax.config_files import to_json
+from vit_jax.config_rules import with_steps
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import restore
 from vit_jax.training.saving import Saver

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax.config import CHOICES
+from vit_jax.config_rules import CHOICES
 from vit_jax.errors import CheckpointError, printable, reason
 from vit_jax.models.vit import GOOGLE_NORMALIZATION
 

@@ -21,8 +21,9 @@ from vit_jax import metrics
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import FOLDER_WEIGHTS, RUN_WEIGHTS, local
 from vit_jax.checkpoints.load import load
-from vit_jax.config import Config, check
+from vit_jax.config import Config
 from vit_jax.config_files import from_json
+from vit_jax.config_rules import check
 from vit_jax.data.prepared import superclasses
 from vit_jax.data.sources import Source
 from vit_jax.data.splits import Names, names, open_split

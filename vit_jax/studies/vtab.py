@@ -130,7 +130,7 @@ def tasks(text: str) -> list[str]:
 def cell(model: str, name: str, steps: int, rate: float, overrides: Sequence[str], search: bool) -> "Cell":
     """The run of a model on a task: for the search with the task's validation split, else on all training images."""
     from vit_jax import config_files
-    from vit_jax.config import check
+    from vit_jax.config_rules import check
     from vit_jax.studies.grid import Cell
 
     config = config_files.read(f"augreg:{model},{name}")

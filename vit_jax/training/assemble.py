@@ -13,7 +13,8 @@ import optax
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
-from vit_jax.config import AUTO, Config, with_steps
+from vit_jax.config import AUTO, Config
+from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import task

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax import config as configuration
 from vit_jax import config_files
 from vit_jax.config import Config
+from vit_jax.config_rules import CHOICES
 from vit_jax.errors import ConfigError, printable
 from vit_jax.training.cards import CARDS, card
 
@@ -86,7 +87,7 @@ def describe_fields(config: Config) -> str:
             section, node = prefix, getattr(config, prefix[0]) if prefix else config
             lines.append(f"\n{prefix[0]}: {node.__doc__}" if prefix else "")
         kind_name = kind.__name__ if kind in (str, int, float, bool) else str(kind)
-        allowed = " | ".join(configuration.CHOICES.get(name, ())) or kind_name
+        allowed = " | ".join(CHOICES.get(name, ())) or kind_name
         text = f"{comments[type(node).__name__].get(field, '')} ({allowed})".strip()
         lines.append(f"  {_option(name, value)}")
         lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import AUTO, Config, check, mesh_sizes
+from vit_jax.config import AUTO, Config, mesh_sizes
+from vit_jax.config_rules import check
 from vit_jax.data.splits import names
 from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, printable, reason

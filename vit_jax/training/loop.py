@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from vit_jax.config import Config, check
+from vit_jax.config import Config
+from vit_jax.config_rules import check
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import devices, hosts, journal, outputs, restore
 from vit_jax.training.assemble import Parts, assemble

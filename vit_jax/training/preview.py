@@ -11,7 +11,8 @@ import jax
 
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
-from vit_jax.config import AUTO, Config, check
+from vit_jax.config import AUTO, Config
+from vit_jax.config_rules import check
 from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices

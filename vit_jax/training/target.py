@@ -17,7 +17,8 @@ import numpy as np
 
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import model_of_file
-from vit_jax.config import AUTO, Config, Model, with_steps
+from vit_jax.config import AUTO, Config, Model
+from vit_jax.config_rules import with_steps
 from vit_jax.data.sources import stored_shape
 from vit_jax.data.splits import names, open_splits
 from vit_jax.data.tasks import Task, examples, task

@@ -15,7 +15,7 @@ import vit_jax
 from vit_jax.config_files import read
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.formats.google import read_meta
-from vit_jax.training import guard, loop, outputs, saving
+from vit_jax.training import guard, loop, outputs, restore, saving
 from vit_jax.training.preview import preview
 
 
@@ -134,7 +134,8 @@ def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monke
     stopped = loop.train(config, tmp_path)
     assert not stopped.finished and len(lines(tmp_path)) < 12
     newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert newest == lines(tmp_path)[-1]["step"]  # nothing of what was done is lost
+    # Nothing of what was done is lost; after step 3, the evaluation of step 4 is still to be made.
+    assert newest == 4 and lines(tmp_path)[-1]["step"] == stop_after
     monkeypatch.setattr(guard, "check", original)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "train/loss": 1}\n{"step": 1')  # what a kill leaves
@@ -144,6 +145,30 @@ def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monke
     assert numbers(tmp_path) == numbers(workdir)
     shown, expected = ({key for key in boards(run) if "per_second" not in key[1]} for run in (tmp_path, workdir))
     assert shown == expected
+
+
+@pytest.mark.parametrize(("at", "times"), [(4, 1), (4, 2), (12, 1), (12, 2)])
+def test_signal_ends_an_evaluation_which_the_next_start_makes(uninterrupted, config, tmp_path, monkeypatch, at, times):
+    workdir, result = uninterrupted
+    original, left = outputs.evaluate, [signal.SIGTERM, signal.SIGINT][:times]
+
+    def interrupt(parts, params, step, saver):
+        if step == at and left:
+            os.kill(os.getpid(), left.pop())
+        return original(parts, params, step, saver)
+
+    monkeypatch.setattr(outputs, "evaluate", interrupt)
+    for _ in range(times):
+        stopped = loop.train(config, tmp_path)
+        assert not stopped.finished and stopped.signal and not (tmp_path / "final.npz").exists()
+        assert max(restore.steps(tmp_path / "checkpoints")) == at and lines(tmp_path)[-1]["step"] == at - 1
+    resumed = loop.train(config, tmp_path)
+    assert resumed.finished and same(resumed.params, result.params) and resumed.metrics == result.metrics
+    assert numbers(tmp_path) == numbers(workdir)
+    shown, expected = ({key for key in boards(run) if "per_second" not in key[1]} for run in (tmp_path, workdir))
+    assert shown == expected
+    monkeypatch.setattr(outputs, "predictions", None)  # a finished run is not evaluated again
+    assert loop.train(config, tmp_path).metrics == result.metrics
 
 
 def test_eval_only_gives_the_metrics_of_the_run(uninterrupted, config, tmp_path):

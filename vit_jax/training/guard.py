@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+
 from vit_jax.config import Config
 from vit_jax.errors import TrainingError
 from vit_jax.training import hosts
@@ -31,6 +33,10 @@ class Diverged(TrainingError):
         super().__init__(message)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.line: dict[str, Any] = {"step": step, **finite, "diverged": message}
+
+
+class Interrupted(Exception):
+    """Raised within an evaluation that a signal ends."""
 
 
 class _Rollback(Exception):
@@ -56,15 +62,18 @@ class Guard:
     """What a run does about signals, metrics that are not finite, and steps that do not finish.
 
     After the first SIGINT or SIGTERM `stops` is true, so that the loop saves and ends; a second signal has its usual effect.
+    An evaluation ends at its next batch, and the next start makes it: schedulers may kill a process half a minute later.
 
     Attributes:
       signal: the number of the signal that arrived; 0 before one does.
+      interrupted: whether it ended an evaluation.
       skipped: the step of each batch that was skipped, once more if the batch in its place was skipped, too. Every saved
         state records it.
     """
 
     def __init__(self, config: Config) -> None:
         self.signal = 0
+        self.interrupted = False
         self.skipped: list[int] = []
         self._on_nan = config.training.on_nan
         self._before: dict[int, Any] = {}
@@ -78,6 +87,20 @@ class Guard:
         agreed = self._agreement.signal(step, self.signal)
         self.signal = self.signal or agreed
         return agreed != 0
+
+    def interruptible(self, predict: Callable[..., Any]) -> Callable[..., Any]:
+        """The predictor of a run, which raises Interrupted if a signal has arrived.
+
+        Only on one host: a signal may reach one of several, which the others would wait for. There an evaluation is finished.
+        """
+
+        def predicted(*arguments: Any) -> Any:
+            if self.signal and jax.process_count() == 1:
+                self.interrupted = True
+                raise Interrupted
+            return predict(*arguments)
+
+        return predicted
 
     def step_finished(self, step: int, line: dict[str, float]) -> None:
         """Takes the metrics of a step; adds how many batches were skipped there.

@@ -53,10 +53,11 @@ def say(text: str) -> None:
 class Journal:
     """Writes one line a step. Opened at step `start`, it drops what an earlier start wrote past that step.
 
+    With `unfinished`, the line of that step is written again, because its evaluation is still to be made.
     On a full disk, lines of metrics.jsonl wait in memory, and TensorBoard gets no more events from this start.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int):
+    def __init__(self, workdir: Path, start: int, steps: int, unfinished: bool = False):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tqdm import tqdm
@@ -64,9 +65,10 @@ class Journal:
 
         found, path = read(workdir), workdir / FILE
         self._workdir, self._start, self._steps = workdir, start, steps
-        self._found = {int(line["step"]) for line in found}  # the steps that earlier starts wrote lines of
+        # The steps that earlier starts wrote lines of.
+        self._found = {int(line["step"]) for line in found} | ({start} if unfinished else set())
         with whole_file(path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in found if line["step"] <= start - unfinished).encode())
         self._closing = contextlib.ExitStack()
         self._file = self._closing.enter_context(path.open("ab", buffering=0))
         self._waiting: collections.deque[bytes] = collections.deque()  # lines that are not in the file
@@ -86,7 +88,8 @@ class Journal:
         )
         self._closing.callback(self._bar.close)
         self._closing.enter_context(logging_redirect_tqdm())  # warnings get lines of their own
-        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops the events from there on
+        # TensorBoard drops the events from there on.
+        self._event(start + 1 - unfinished, session_log=SessionLog(status=SessionLog.START))
         self._shown: dict[str, str] = {}
 
     def _event(self, step: int, **content: object) -> None:
@@ -185,6 +188,6 @@ class _Silent(Journal):
         pass
 
 
-def open_journal(workdir: Path, start: int, steps: int) -> Journal:
+def open_journal(workdir: Path, start: int, steps: int, unfinished: bool = False) -> Journal:
     """The log of a run on this host: only host 0 writes one."""
-    return Journal(workdir, start, steps) if hosts.is_first() else _Silent()
+    return Journal(workdir, start, steps, unfinished) if hosts.is_first() else _Silent()

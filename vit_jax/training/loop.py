@@ -15,7 +15,7 @@ from vit_jax.config_rules import check
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import devices, hosts, journal, outputs, restore
 from vit_jax.training.assemble import Parts, assemble
-from vit_jax.training.guard import Guard
+from vit_jax.training.guard import Guard, Interrupted
 from vit_jax.training.meter import Meter
 from vit_jax.training.saving import Saver
 from vit_jax.training.state import TrainState
@@ -53,15 +53,19 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
 
 def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
     """Trains from the newest saved state to the last step."""
+    parts = dataclasses.replace(parts, program=parts.program._replace(predict=guard.interruptible(parts.program.predict)))
     settings, layout = parts.config.training, parts.layout
     with Saver(workdir, parts.meta, parts.config, guard.skipped, layout.gather) as saver:
         state = _first_state(parts, saver, workdir)
         step = start = int(jax.device_get(state.step))
         feed = functools.partial(parts.train_feed.train, settings.batch_size, settings.grad_accum_steps, parts.config.seed)
-        writing = journal.open_journal(workdir, start, settings.steps)
+        writing = journal.open_journal(workdir, start, settings.steps, saver.unfinished is not None)
         with contextlib.closing(guard.batches(feed, start)) as batches, writing as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start, guard.step_finished)
-            for step in range(start + 1, start + 1 if saver.finished(start) else settings.steps + 1):
+            if saver.unfinished is not None and (line := _evaluate(parts, state.params, start, saver, saver.unfinished)):
+                log.write(start, line)
+                saver.save(layout.gather(state), log.flush)
+            for step in range(start + 1, start + 1 if saver.finished(start) or guard.interrupted else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)
                 if before := meter.dispatched(step, metrics):
                     log.write(*before)
@@ -71,8 +75,9 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                     continue
                 line = meter.read()
                 if last or evaluates:
-                    line |= outputs.evaluate(parts, state.params, step, saver)
-                log.write(step, line)
+                    line = _evaluate(parts, state.params, step, saver, line)
+                if line:
+                    log.write(step, line)
                 stop = guard.stops(step) or saver.finished(step)  # once: a signal between two reads would end the run unsaved
                 if saves or stop:
                     saver.wait()
@@ -80,12 +85,25 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                 if stop:
                     break
                 meter.restart()
-            found = outputs.complete(parts, state.params, saver, step, log)
-        state, finished = layout.gather(state), saver.finished(step)
+            found: dict[str, float] = {}
+            with contextlib.suppress(Interrupted):
+                found = outputs.complete(parts, state.params, saver, step, log)
+        state, finished = layout.gather(state), saver.finished(step) and not guard.interrupted
         if finished:
             saver.export(state, found["test/accuracy"])
         best = {f"best/{name}": value for name, value in (saver.best or {}).items()}
         return Result(found | best, state.params, finished, guard.signal)
+
+
+def _evaluate(parts: Parts, params: Any, step: int, saver: Saver, line: dict[str, float]) -> dict[str, float]:
+    """The line of a step with the metrics of its evaluation; empty if a signal ends that, which the saver then records."""
+    try:
+        found = outputs.evaluate(parts, params, step, saver)
+    except Interrupted:
+        saver.unfinished = line
+        return {}
+    saver.unfinished = None
+    return line | found
 
 
 def _assemble(workdir: Path, config: Config) -> Parts:

@@ -69,6 +69,7 @@ def make_record(
     meta: Any,
     params: Any,
     skipped: list[int],
+    unfinished: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """What is saved next to the arrays of a state, with its own SHA-256.
 
@@ -79,6 +80,7 @@ def make_record(
       meta: the description of the run's weights.
       params: the state's parameters; the record holds their shapes, from which the model is known.
       skipped: of guard.Guard.
+      unfinished: of saving.Saver.
     """
     found = {
         "sha256": {item: {name: digest(leaf) for name, leaf in leaves.items()} for item, leaves in items.items()},
@@ -87,6 +89,7 @@ def make_record(
         "meta": meta,
         "shapes": {name: list(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()},
         "skipped": list(skipped),
+        "unfinished": unfinished,
     }
     return {**found, "record_sha256": _digest_of_json(found)}
 

@@ -52,6 +52,8 @@ class Saver:
       workdir: the run's folder.
       best: {"step", "accuracy"} of the best evaluation so far, or None.
       best_params: its parameters, which stay in memory between saves.
+      unfinished: the training metrics of the state's step if a signal ended its evaluation, which is then still to be made;
+        else None. Every saved state records it.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Saver:
         self.best: dict[str, float] | None = None
         self._written: float | None = None  # the step of the parameters in best.npz, as far as this process knows
         self.best_params: Any = None
+        self.unfinished: dict[str, float] | None = None
+        self._replaced: int | None = None  # the step of a state that was saved before its evaluation
         self._skipped = [] if skipped is None else skipped
         self._manager: Any = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
@@ -100,7 +104,8 @@ class Saver:
             return None
         like = (abstract, None if record["best"] is None else abstract.params)
         state, self.best_params = hosts.arrays_of_first((found[0].state, found[0].best_params) if found else like)
-        self.best = record["best"]
+        self.best, self.unfinished = record["best"], record.get("unfinished")
+        self._replaced = int(state.step) if self.unfinished else None
         if len(there := record.get("skipped", [])) > len(self._skipped):
             self._skipped[:] = there
         return state
@@ -169,15 +174,15 @@ class Saver:
         if not hosts.is_first():
             return
         self.wait()
-        if step in restore.steps(self._folder):
+        if step in restore.steps(self._folder) and step != self._replaced:
             return
         with self._reporting(last, step):
             flush()
-            self._saving = self._thread.submit(self._save, state, self.best, self.best_params, last)
+            self._saving = self._thread.submit(self._save, state, self.best, self.best_params, self.unfinished, last)
             if last:
                 self._saving.result()
 
-    def _save(self, state: TrainState, best: dict[str, float] | None, best_params: Any, last: bool) -> None:
+    def _save(self, state: TrainState, best: dict[str, float] | None, best_params: Any, unfinished: Any, last: bool) -> None:
         """Saves a state with the best parameters of its time; the work of the saver's thread."""
         import orbax.checkpoint as ocp
 
@@ -186,10 +191,12 @@ class Saver:
         if best is not None and best["step"] != step:
             items["best"] = restore.flat(best_params)
         with self._reporting(last, step):
-            record = restore.make_record(items, best, self._config, self._meta, state.params, self._skipped)
+            record = restore.make_record(items, best, self._config, self._meta, state.params, self._skipped, unfinished)
             saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
             try:
                 self._write_best(best, best_params)
+                if step in restore.steps(self._folder):
+                    self._open().delete(step)
                 self._open().save(step, args=ocp.args.Composite(**saved, record=ocp.args.JsonSave(record)))
             except BaseException:
                 self._manager = None  # it would not save this step again

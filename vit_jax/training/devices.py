@@ -156,16 +156,15 @@ class Layout:
         On several hosts, the argument has this host's `rows` only.
         """
 
-        def place(leaf):
-            if self._hosts > 1:
-                with jax.transfer_guard("allow"):  # JAX takes it for implicit
-                    return jax.make_array_from_process_local_data(sharding, leaf)
-            if self.pmap:
-                leaf = leaf.reshape(*leaf.shape[:axis], len(self.devices), -1, *leaf.shape[axis + 1 :])
-            return jax.device_put(leaf, sharding)
-
         sharding = self._sharding(*[None] * axis, _BATCH)
-        return jax.tree.map(place, batch)
+        if self._hosts > 1:
+            with jax.transfer_guard("allow"):  # JAX takes it for implicit
+                return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), batch)
+        if self.pmap:
+            batch = jax.tree.map(
+                lambda leaf: leaf.reshape(*leaf.shape[:axis], len(self.devices), -1, *leaf.shape[axis + 1 :]), batch
+            )
+        return jax.device_put(batch, sharding)
 
     def all_rows(self, leaf: np.ndarray) -> np.ndarray:
         """The rows of a batch on all hosts, of which the argument has this host's; on the host."""

@@ -1,5 +1,6 @@
 """From a data set on the host to batches on the devices."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator
@@ -11,6 +12,8 @@ from vit_jax.data import batches, stream
 from vit_jax.data.sources import Source
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import Batch
+
+_AHEAD = 32  # batches of indices that are copied to the devices at once: one copy takes as long as all of them
 
 
 class Feed:
@@ -42,13 +45,18 @@ class Feed:
         def own(leaf):
             return leaf.reshape(microbatches, -1)[:, rows].reshape(-1)
 
-        def put(leaf):
-            return self.layout.put_batch(leaf.reshape(microbatches, len(rows), *leaf.shape[1:]), axis=1)
+        def put(tree):
+            shaped = jax.tree.map(lambda leaf: leaf.reshape(microbatches, len(rows), *leaf.shape[1:]), tree)
+            return self.layout.put_batch(shaped, axis=1)
 
         example_index = put(own(np.arange(size, dtype=np.int32)))
         batch_at = functools.partial(batches.train_batch, len(self), size, seed)
-        for batch, _ in self._batches(lambda number: own(batch_at(number)), start, None):
-            yield jax.tree.map(put, batch)._replace(example_index=example_index)
+        found = self._batches(lambda number: own(batch_at(number)), start, None)
+        ahead = 1 if self.data is None else _AHEAD
+        with contextlib.closing(found):
+            while True:
+                for batch in put([batch for batch, _ in itertools.islice(found, ahead)]):
+                    yield batch._replace(example_index=example_index)
 
     def evaluation(self, size: int) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Every image once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
@@ -62,7 +70,7 @@ class Feed:
 
     def _batches(
         self, indices: Callable[[int], np.ndarray], first: int, count: int | None
-    ) -> Iterator[tuple[Batch, np.ndarray]]:
+    ) -> Generator[tuple[Batch, np.ndarray]]:
         """Batches on the host and their labels: `count` of them from number `first` on."""
         if self.data is None:
             for images, labels, sizes in stream.read(self.source, indices, self._workers, first, count):

@@ -12,11 +12,12 @@ import numpy as np
 
 from vit_jax.models.vit import VisionTransformer
 
-# Hidden size, layers, heads, MLP width: table 1 of the ViT paper and section 3.2 of "How to train your ViT?"; Nano and Mini are
-# ours.
+# Hidden size, layers, heads, MLP width: table 1 of the ViT paper and section 3.2 of "How to train your ViT?"; Nano, Mini and
+# Midi are ours.
 _SIZES = {
     "Nano": (128, 4, 4, 512),
     "Mini": (192, 6, 3, 768),
+    "Midi": (384, 6, 6, 1536),
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
     "B": (768, 12, 12, 3072),
@@ -42,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Nano/8": _row("Nano", 8),
     "Mini/4": _row("Mini", 4),
     "Mini/8": _row("Mini", 8),
+    "Midi/4": _row("Midi", 4),
     "Ti/16": _row("Ti", 16),
     "S/16": _row("S", 16),
     "S/32": _row("S", 32),

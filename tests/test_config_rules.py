@@ -52,7 +52,7 @@ def put(config, name, value):
         (
             "augment.crop",
             "centre",
-            "augment.crop must be one of 'torchvision', 'tensorflow', 'resize_crop', 'none', got 'centre'",
+            "augment.crop must be one of 'torchvision', 'tensorflow', 'resize_crop', 'pad', 'none', got 'centre'",
         ),
         (
             "run.mesh",

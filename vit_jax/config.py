@@ -43,11 +43,17 @@ class Data:
 
 @dataclasses.dataclass(slots=True)
 class Augment:
-    """What happens to an image before it is resized to the model's size."""
+    """What happens to an image on its way into the model."""
 
-    crop: str = "torchvision"  # distribution of torchvision or TensorFlow; "resize_crop": at 7/6 of the size; or no crop
+    crop: str = "torchvision"  # distribution of torchvision or TensorFlow; "resize_crop": at 7/6 of the size; "pad"; "none"
     crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest fraction of the image's area
     flip: bool = True  # mirror half of the images left to right
+    padding: int = 4  # of the crop "pad": black pixels on each side of the stored image, of which its own size is cut out
+    randaugment_layers: int = 0  # operations of RandAugment, one after the other; 0: none; published: 2
+    randaugment_magnitude: float = 10.0  # of each operation, on the scale of big_vision, up to 30; 0: the identity
+    erasing: float = 0.0  # probability that a random rectangle of an image is erased; in [0, 1]; published: 0.25 to 0.5
+    mixup: float = 0.0  # both parameters of the beta distribution that weights two images; 0: off; published: 0.2 to 1
+    cutmix: float = 0.0  # the same of CutMix, which replaces a rectangle; with mixup, each pair of images gets one of the two
     eval_crop: str = "none"  # of evaluation: the whole image, or "center": its central square, 7/8 of the shorter side
 
 
@@ -74,6 +80,7 @@ class Training:
     epochs: float = 0.0  # if above 0, the number of steps is that of so many passes over the training images
     patience: int = 0  # evaluations without a better validation accuracy after which training ends; 0: all steps
     batch_size: int = 64  # images per update, over all devices
+    label_smoothing: float = 0.0  # part of each label that is spread evenly over all classes; in [0, 1)
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
     eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
     save_every: int = 100  # steps between saved states; the last step is always saved

@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any
 
-from vit_jax.config import AUTO, Config, fields, mesh_sizes, shown
+from vit_jax.config import AUTO, Augment, Config, fields, mesh_sizes, shown
 from vit_jax.errors import ConfigError
 
 CHOICES = {
@@ -15,7 +15,7 @@ CHOICES = {
     "model.attention": (AUTO, "xla", "cudnn"),
     "data.normalization": ("google", "dataset"),
     "data.on_error": ("raise", "skip"),
-    "augment.crop": ("torchvision", "tensorflow", "resize_crop", "none"),
+    "augment.crop": ("torchvision", "tensorflow", "resize_crop", "pad", "none"),
     "augment.eval_crop": ("none", "center"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.decay": ("cosine", "linear"),
@@ -26,6 +26,12 @@ CHOICES = {
 _INT32 = 2**31 - 1  # a larger number overflows on a device
 _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "data.image_size": (1, 4096),
+    "augment.padding": (0, 128),
+    "augment.randaugment_layers": (0, 10),
+    "augment.randaugment_magnitude": (0, 30),  # beyond, shears and rotations leave little of an image
+    "augment.erasing": (0, 1),
+    "augment.mixup": (0, 100),
+    "augment.cutmix": (0, 100),
     "training.steps": (1, 10**8),
     "training.epochs": (0, 1e6),
     "training.patience": (0, _INT32),
@@ -43,7 +49,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.clip_norm": (0, 1e9),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
-_FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
+_FRACTIONS = ("model.dropout", "model.attention_dropout", "training.label_smoothing", "optimizer.momentum", "optimizer.b2")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -115,6 +121,17 @@ def check(config: Config) -> None:
             f"training.batch_size = {config.training.batch_size} does not divide into "
             f"training.grad_accum_steps = {config.training.grad_accum_steps} microbatches"
         )
+    if (mixing := mixing_fields(config.augment)) and config.training.batch_size // config.training.grad_accum_steps % 2:
+        raise ConfigError(
+            f"{mixing} mixes pairs of images: training.batch_size = {config.training.batch_size} in "
+            f"training.grad_accum_steps = {config.training.grad_accum_steps} must give an even number in each microbatch"
+        )
+
+
+def mixing_fields(augment: Augment) -> str:
+    """The fields that mix pairs of images, with their values, as an error names them; "" if none does."""
+    fields = {"augment.mixup": augment.mixup, "augment.cutmix": augment.cutmix}
+    return " and ".join(f"{name} = {value:g}" for name, value in fields.items() if value)
 
 
 def with_steps(config: Config, images: int) -> Config:

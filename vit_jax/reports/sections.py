@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from vit_jax.config_rules import mixing_fields
 from vit_jax.data import batches
 from vit_jax.errors import ReportError, printable
 from vit_jax.models.intermediates import attention_maps, attention_rollout
@@ -94,13 +95,15 @@ def training_figures(run: Run) -> Iterator[CaptionedFigure]:
     index = batches.train_batch(len(source), config.training.batch_size, config.seed, 0)[:_GRID]
     originals, labels, sizes = source.read(index)
     keys = example_keys(stream(config.seed, AUGMENT), 0, jnp.arange(len(index), dtype=jnp.int32))
-    transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run)))
+    transform = jax.jit(for_training(config.augment, config.data.image_size, _statistics(run), source.num_classes))
     images, _ = transform(keys, originals, labels, None if sizes is None else jnp.asarray(sizes))
     names = [printable(source.class_names[label]) for label in labels]
     caption = (
         "The first images of the first batch. In each pair, the left image is as stored; the right image is exactly what the "
-        "model gets: cropped, flipped and resized. For display, the scaling of its values is undone."
+        "model gets: cropped, resized and augmented. For display, the scaling of its values is undone."
     )
+    if mixing := mixing_fields(config.augment):
+        caption += f" {mixing} mixes each image with its neighbour in the batch; the name is that of the image itself."
     figure = figures.training_images(originals, _displayable(images, run), names)
     yield CaptionedFigure("training_images", "Training images", figure, caption)
 

@@ -139,7 +139,8 @@ def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> 
         raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
     optimizer, size = optimizers.build(config.optimizer, config.training.steps), config.data.image_size
-    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics)
+    smoothing = config.training.label_smoothing
+    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics, smoothing)
     return model, optimizer, statistics, programs
 
 

@@ -106,14 +106,23 @@ class Layout:
             f"{whole} of {len(leaves)} arrays whole"
         )
 
-    def check(self, batch_size: int, microbatches: int) -> None:
-        """ConfigError unless every microbatch of a training batch divides among the devices."""
+    def check(self, batch_size: int, microbatches: int, mixing: str = "") -> None:
+        """ConfigError unless every microbatch of a training batch divides among the devices.
+
+        `mixing` names the fields that mix pairs of images, which must be on one device; "" if none does.
+        """
         unit = microbatches * len(self.devices)
         if batch_size % unit:
             below = batch_size // unit * unit
             raise ConfigError(
                 f"training.batch_size = {batch_size} in training.grad_accum_steps = {microbatches} does not divide among "
                 f"{len(self.devices)} devices; the nearest that does is {f'{below} or ' if below else ''}{below + unit}"
+            )
+        if mixing and (each := batch_size // unit) % 2:
+            raise ConfigError(
+                f"{mixing} mixes pairs of images, which must be on one device: training.batch_size = {batch_size} in "
+                f"training.grad_accum_steps = {microbatches} gives each of {len(self.devices)} devices {each}; "
+                f"the next batch size with an even number is {batch_size + unit}"
             )
 
     def round_up(self, size: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import AUTO, Config, mesh_sizes
-from vit_jax.config_rules import check
+from vit_jax.config_rules import check, mixing_fields
 from vit_jax.data.splits import names
 from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, printable, reason
@@ -30,13 +30,13 @@ def check_options(config: Config, card_name: str, count: int, path: str) -> Path
         raise ConfigError(f"--target compiles for run.parallel=mesh, and run.parallel is {config.run.parallel!r}")
     if config.run.mesh and (product := math.prod(mesh_sizes(config.run.mesh).values())) != count:
         raise ConfigError(f"run.mesh = {config.run.mesh!r} is of {product} devices, and --devices is {count}")
-    settings = config.training
-    if count < 1 or settings.batch_size % (settings.grad_accum_steps * count):
-        images = settings.batch_size // settings.grad_accum_steps
-        works = sorted((n for n in range(1, images + 1) if images % n == 0), key=lambda n: (abs(n - count), n))
+    settings, together = config.training, 2 if (mixing := mixing_fields(config.augment)) else 1  # images on one device
+    if count < 1 or settings.batch_size % (settings.grad_accum_steps * count * together):
+        images, pairs = settings.batch_size // settings.grad_accum_steps, f" in pairs, which {mixing} mixes" if mixing else ""
+        works = sorted((n for n in range(1, images + 1) if images % (n * together) == 0), key=lambda n: (abs(n - count), n))
         raise ConfigError(
             f"--devices {count}: training.batch_size = {settings.batch_size} in training.grad_accum_steps = "
-            f"{settings.grad_accum_steps} does not divide among so many; the nearest number that works is {works[0]}"
+            f"{settings.grad_accum_steps} does not divide among so many{pairs}; the nearest number that works is {works[0]}"
         )
     if not path:
         return None
@@ -118,11 +118,12 @@ def _memory_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list[
     training, on_top = nbytes(run.data["training"]), ", ".join(f"the {k} images ({_gb(nbytes(v))})" for k, v in others.items())
     evaluating = state + training + nbytes(others) + best + predict.temporary
     # Gradients have the parameters' number and the type of the computation; all of them exist at the end of a step.
+    together = 2 if mixing_fields(run.config.augment) else 1
     fixed = needed - step.temporary + best * (0.5 if run.config.model.dtype == "bfloat16" else 1)
     found = capacity.largest_batch(
         lambda images: _needed_with(run, training_batch_size=images),
         limit,
-        unit=len(run.layout.devices) * settings.grad_accum_steps,
+        unit=len(run.layout.devices) * settings.grad_accum_steps * together,
         known=(settings.batch_size, needed),
         fixed=fixed,
     )
@@ -150,10 +151,10 @@ def _too_large(run: Target, chosen: Card, needed: float, found: tuple[int, float
     hints = [f"the largest batch that fits is {found[0]:,}" if found else "no batch was found that fits"]
     changes: dict[str, dict[str, Any]] = {} if run.config.run.remat else {"run.remat=true": {"run_remat": True}}
     if found:
-        images = settings.batch_size // count
+        images, together = settings.batch_size // count, 2 if mixing_fields(run.config.augment) else 1
         # Some less than the largest microbatch, because gradients are summed in memory of their own.
         least = 1.05 * settings.batch_size * settings.grad_accum_steps / found[0]
-        if parts := next((n for n in range(math.ceil(least), images + 1) if images % n == 0), 0):
+        if parts := next((n for n in range(math.ceil(least), images + 1) if images % (n * together) == 0), 0):
             changes[f"training.grad_accum_steps={parts}"] = {"training_grad_accum_steps": parts}
     for name, fields in changes.items():
         bytes_ = _needed_with(run, **fields)

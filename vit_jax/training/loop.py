@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from vit_jax.config import Config
-from vit_jax.config_rules import check
+from vit_jax.config_rules import check, mixing_fields
 from vit_jax.errors import ConfigError, TrainingError
 from vit_jax.training import devices, hosts, journal, outputs, restore
 from vit_jax.training.assemble import Parts, assemble
@@ -110,7 +110,7 @@ def _assemble(workdir: Path, config: Config) -> Parts:
     """The parts of a run; a run that resumes takes its model from its newest state and needs no checkpoint."""
     journal.say(f"loading {config.model.checkpoint or config.model.variant} and {config.data.task}")
     layout = devices.start(config.run)
-    layout.check(config.training.batch_size, config.training.grad_accum_steps)
+    layout.check(config.training.batch_size, config.training.grad_accum_steps, mixing_fields(config.augment))
     parts = assemble(config, layout, saved=hosts.from_first(lambda: restore.newest_record(workdir / "checkpoints")))
     journal.say(parts.describe())
     return parts

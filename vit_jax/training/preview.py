@@ -12,7 +12,7 @@ import jax
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import local
 from vit_jax.config import AUTO, Config
-from vit_jax.config_rules import check
+from vit_jax.config_rules import check, mixing_fields
 from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices
@@ -154,7 +154,7 @@ def preview(config: Config) -> str:
     """
     check(config)
     layout = devices.start(config.run)
-    layout.check(config.training.batch_size, config.training.grad_accum_steps)
+    layout.check(config.training.batch_size, config.training.grad_accum_steps, mixing_fields(config.augment))
     parts = assemble(without_download(config), layout)
     settings = parts.config.training  # with the steps of training.epochs
     memory, step, passes = _measure(config, parts)

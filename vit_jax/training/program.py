@@ -7,6 +7,7 @@ import optax
 
 from vit_jax.config import Augment
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import losses
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import logits_of, loss_of, train_step
 from vit_jax.transforms.preprocess import Statistics, for_evaluation, for_training
@@ -27,6 +28,7 @@ def build(
     seed: int,
     image_size: int,
     statistics: Statistics | None = None,
+    label_smoothing: float = 0.0,
 ) -> Program:
     """The programs of a model on the devices of a layout.
 
@@ -38,8 +40,10 @@ def build(
       seed: of every random draw.
       image_size: height and width of the model's input in pixels.
       statistics: channel means and deviations that images are scaled by; None: Google's.
+      label_smoothing: of the training loss.
     """
-    forward = layout.gathered(loss_of(model, for_training(augment, image_size, statistics), seed))
+    transform = for_training(augment, image_size, statistics, model.num_classes)
+    forward = layout.gathered(loss_of(model, transform, seed, losses.build(label_smoothing)))
     return Program(
         train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics, augment.eval_crop))),

@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import losses
 from vit_jax.training.state import TrainState
 from vit_jax.transforms.keys import AUGMENT, DROPOUT, example_keys, stream
 
@@ -36,18 +37,23 @@ def fetch(batch: Batch, data: Any) -> tuple[jax.Array, jax.Array, jax.Array | No
     return data["images"][batch.index], data["labels"][batch.index], data["sizes"][batch.index] if "sizes" in data else None
 
 
-def loss_of(model: VisionTransformer, transform: Callable[..., Any], seed: int) -> Forward:
-    """forward(params, batch, data, step, dropout_key) → mean cross-entropy of a microbatch, float32 [].
+def loss_of(
+    model: VisionTransformer,
+    transform: Callable[..., Any],
+    seed: int,
+    loss: losses.Loss = losses.build(),  # noqa: B008
+) -> Forward:
+    """forward(params, batch, data, step, dropout_key) → the mean loss of a microbatch, float32 [].
 
-    `transform` is of `preprocess.for_training`. The draws of an image are keyed by the seed, the step and the position of
-    the image in the whole batch, so that neither devices nor microbatches change them.
+    `transform` is of `preprocess.for_training`, `loss` of `losses.build`. The draws of an image are keyed by the seed, the step
+    and the position of the image in the whole batch, so that neither devices nor microbatches change them.
     """
 
     def forward(params, batch, data, step, dropout_key):
         keys = example_keys(stream(seed, AUGMENT), step, batch.example_index)
         images, labels = transform(keys, *fetch(batch, data))
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        return loss(logits, labels)
 
     return forward
 

@@ -71,7 +71,7 @@ def crop_resize(
 
     Args:
       images: [B, H, W, C], any real type; images are uint8.
-      boxes: int32 [B, 4], (top, left, height, width) in pixels, inside the image and not empty.
+      boxes: int32 [B, 4], (top, left, height, width) in pixels, not empty. Beyond the image lie zeros.
       size: of the result, in pixels: one number for a square, or (height, width).
       flip: bool [B], which images to mirror; None: none of them.
       sizes: int32 [B, 2], the heights and widths in pixels that the boxes are meant for, if the images have been resized
@@ -100,6 +100,7 @@ def random_crops(
     area: tuple[float, float],
     flip: jax.Array | None = None,
     sizes: jax.Array | None = None,
+    padding: int = 4,
 ) -> jax.Array:
     """Cuts a random part out of each image and resizes it.
 
@@ -109,19 +110,26 @@ def random_crops(
       size: of the result, as for `resize`.
       crop: "torchvision" or "tensorflow", see `random_boxes`; "none": the whole image; "resize_crop": the image is resized
         to 7/6 of `size`, and a part of `size` is cut out at a uniform place. That is how the models of AugReg are fine-tuned
-        in big_vision's configurations: to 448 px, of which 384.
+        in big_vision's configurations: to 448 px, of which 384. "pad": the image is padded with black on each side, and a
+        part of its own size is cut out at a uniform place, as the ResNet paper trains on CIFAR (arXiv:1512.03385, section 4.2)
+        and torchvision's `RandomCrop(32, padding=4)` does.
       area: of `random_boxes`.
       flip, sizes: as for `crop_resize`.
+      padding: of "pad", in pixels of the images as they are given.
 
     Returns:
       float32 [B, height, width, C] in the range of the input.
     """
     batch, height, width, _ = images.shape
+    if crop == "pad":  # a box reaches beyond the image by at most the padding; no pixel has any weight there, which is black
+        offsets = below(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), 2 * padding + 1) - padding
+        boxes = jnp.concatenate([offsets, jnp.broadcast_to(jnp.array([[height, width]]), (batch, 2))], axis=1)
+        return crop_resize(images, boxes, size, flip)
     if crop == "resize_crop":
         out = _pair(size)
         larger = round(out[0] * 7 / 6), round(out[1] * 7 / 6)
         spare = jnp.array([[a - b for a, b in zip(larger, out, strict=True)]])
-        offsets = _below(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), spare + 1)
+        offsets = below(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), spare + 1)
 
         def weights(offset, length, enlarged, out):  # of the resized image, rows `offset` to `offset` + out - 1
             return jax.lax.dynamic_slice_in_dim(jnp.asarray(_weights(0, length, length, enlarged)), offset, out)
@@ -227,7 +235,7 @@ def _resample(images: jax.Array, rows: jax.Array | np.ndarray, columns: jax.Arra
 
 def _torchvision(key: jax.Array, height: Any, width: Any, area: tuple[float, float]) -> jax.Array:
     """One box int32 [4] of torchvision's RandomResizedCrop."""
-    u, place = _attempts(key, 10)
+    u, place = attempts(key, 10)
     pixels = height * width * (area[0] + u[0] * (area[1] - area[0]))
     low, high = _TORCHVISION_ASPECT
     aspect = low * (high / low) ** u[1]
@@ -240,13 +248,13 @@ def _torchvision(key: jax.Array, height: Any, width: Any, area: tuple[float, flo
     central_w = jnp.minimum(width, jnp.rint(height * high).astype(jnp.int32))
     central = jnp.array([(height - central_h) // 2, (width - central_w) // 2, central_h, central_w], jnp.int32)
     # Both ends included: a box may touch every edge.
-    top, left = _below(place, jnp.stack([height - h[first] + 1, width - w[first] + 1]))
+    top, left = below(place, jnp.stack([height - h[first] + 1, width - w[first] + 1]))
     return jnp.where(fits[first], jnp.stack([top, left, h[first], w[first]]), central)
 
 
 def _tensorflow(key: jax.Array, height: Any, width: Any, area: tuple[float, float]) -> jax.Array:
     """One box int32 [4] of TensorFlow's sample_distorted_bounding_box, float32 throughout as its kernel is."""
-    u, place = _attempts(key, 100)
+    u, place = attempts(key, 100)
     low, high = _TENSORFLOW_ASPECT
     aspect = low + u[0] * (high - low)
     least, most = area[0] * height * width, area[1] * height * width
@@ -260,7 +268,7 @@ def _tensorflow(key: jax.Array, height: Any, width: Any, area: tuple[float, floa
     fitting -= whole(fitting * aspect) > width
     tallest = jnp.minimum(jnp.where(whole(tallest * aspect) > width, fitting, tallest), height)
     shortest = jnp.minimum(shortest, tallest)
-    h = shortest + _below(u[1], tallest - shortest + 1)
+    h = shortest + below(u[1], tallest - shortest + 1)
     # Rounding may have left the range of areas by a little: one row more, then one row less, then it is a miss.
     h += h * whole(h * aspect) < least
     h -= h * whole(h * aspect) > most
@@ -268,19 +276,19 @@ def _tensorflow(key: jax.Array, height: Any, width: Any, area: tuple[float, floa
     fits = (h * w >= least) & (h * w <= most) & (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = jnp.argmax(fits)
     # The kernel's Uniform(n) is below n, so a smaller box never touches the bottom or the right edge.
-    top, left = _below(place, jnp.stack([height - h[first], width - w[first]]))
+    top, left = below(place, jnp.stack([height - h[first], width - w[first]]))
     return jnp.where(fits[first], jnp.stack([top, left, h[first], w[first]]), jnp.array([0, 0, height, width], jnp.int32))
 
 
 _DISTRIBUTIONS = {"torchvision": _torchvision, "tensorflow": _tensorflow}
 
 
-def _attempts(key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+def attempts(key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     """Uniform draws in [0, 1): [2, number] for the attempts, and [2] for the position of the box that is chosen."""
     u = jax.random.uniform(key, (2 * number + 2,)).reshape(2, number + 1)  # one flat draw: XLA compiles it 3 times as fast
     return u[:, :-1], u[:, -1]
 
 
-def _below(u: jax.Array, n: jax.Array) -> jax.Array:
+def below(u: jax.Array, n: int | jax.Array) -> jax.Array:
     """Whole numbers in [0, n), or 0 where n is 0, from u uniform in [0, 1): u is at most 1 - 2⁻²³, so u·n stays below n."""
     return jnp.floor(u * n).astype(jnp.int32)

@@ -9,7 +9,10 @@ import numpy as np
 from vit_jax.config import Augment
 from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.transforms import geometry
-from vit_jax.transforms.keys import CROP, FLIP, fold
+from vit_jax.transforms.erasing import erase
+from vit_jax.transforms.keys import CROP, ERASE, FLIP, MIX, RANDAUGMENT, fold
+from vit_jax.transforms.mixing import mix
+from vit_jax.transforms.randaugment import randaugment
 
 # Channel means and standard deviations, of values in [0, 1].
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -35,26 +38,45 @@ def preprocess(
 
 
 def for_training(
-    augment: Augment, size: int | tuple[int, int], statistics: Statistics | None = None
+    augment: Augment, size: int | tuple[int, int], statistics: Statistics | None = None, num_classes: int = 0
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Builds the transform of a training batch: random crop, random flip, resize, scaling.
+    """Builds the transform of a training batch: random crop, flip, resize, RandAugment, scaling, erasing, mixing.
+
+    RandAugment is before the scaling, because it acts on values in [0, 255]; erasing after it, because it sets pixels to 0, the
+    mean colour; mixing last, because it mixes what the model would see.
 
     Args:
       augment: the configuration's section; see `geometry.random_crops`.
       size: of the result, in pixels: one number for a square, or (height, width).
       statistics: channel means [3] and standard deviations [3] of values in [0, 1]; None: Google's, to [-1, 1].
+      num_classes: of the labels; only mixup and CutMix need it.
 
     Returns:
       A function, called inside the jitted step, of keys [B] (see `keys.example_keys`), images uint8 [B, H, W, 3], labels and,
       if the images have been resized, their original heights and widths, int32 [B, 2], in which crops are drawn. It returns
-      images float32 [B, height, width, 3] and the labels.
+      images float32 [B, height, width, 3] and the labels: as they came or, with mixup or CutMix, float32 [B, num_classes].
+
+    Raises:
+      ValueError: images are mixed, and the number of classes is not given.
     """
+    mixes = bool(augment.mixup or augment.cutmix)
+    if mixes and num_classes < 1:
+        raise ValueError(f"mixup and CutMix need the number of classes, got num_classes = {num_classes}")
 
     def transform(keys: jax.Array, images: jax.Array, labels: Any, sizes: jax.Array | None = None) -> tuple[jax.Array, Any]:
         _check(images)
         flip = geometry.flips(fold(keys, FLIP)) if augment.flip else None
-        crops = geometry.random_crops(fold(keys, CROP), images, size, augment.crop, augment.crop_area, flip, sizes)
-        return scale(crops, statistics), labels
+        images = geometry.random_crops(
+            fold(keys, CROP), images, size, augment.crop, augment.crop_area, flip, sizes, augment.padding
+        )
+        if augment.randaugment_layers:
+            images = randaugment(fold(keys, RANDAUGMENT), images, augment.randaugment_layers, augment.randaugment_magnitude)
+        images = scale(images, statistics)
+        if augment.erasing:
+            images = erase(fold(keys, ERASE), images, augment.erasing)
+        if mixes:
+            images, labels = mix(fold(keys, MIX), images, labels, num_classes, augment.mixup, augment.cutmix)
+        return images, labels
 
     return transform
 

@@ -17,7 +17,8 @@ CHOICES = {
     "data.on_error": ("raise", "skip"),
     "augment.crop": ("torchvision", "tensorflow", "resize_crop", "none"),
     "augment.eval_crop": ("none", "center"),
-    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.name": ("sgd", "adamw", "lamb", "lars", "muon"),
+    "optimizer.rate_scaling": ("linear", "sqrt"),
     "optimizer.decay": ("cosine", "linear"),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
     "training.on_nan": ("raise", "rollback"),
@@ -41,9 +42,18 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.learning_rate": (1e-30, 1e6),
     "optimizer.weight_decay": (0, 1e6),
     "optimizer.clip_norm": (0, 1e9),
+    "optimizer.base_batch_size": (0, 2**17),
+    "optimizer.layer_decay": (1e-3, 1),
+    "optimizer.sam_rho": (0, 1e6),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
-_FRACTIONS = ("model.dropout", "model.attention_dropout", "optimizer.momentum", "optimizer.b2")
+_FRACTIONS = (
+    "model.dropout",
+    "model.attention_dropout",
+    "optimizer.momentum",
+    "optimizer.b2",
+    "optimizer.ema",
+)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -99,6 +109,7 @@ def check(config: Config) -> None:
             raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")
         if dropout := config.model.attention_dropout:
             raise ConfigError(f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {dropout}")
+    _check_tuning(config)
     if mesh_sizes(config.run.mesh) and config.run.parallel == "pmap":
         raise ConfigError(f"run.mesh = {config.run.mesh!r} needs run.parallel = 'mesh', and run.parallel is 'pmap'")
     if (patience := config.training.patience) and not config.data.validation_split:
@@ -114,6 +125,16 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} does not divide into "
             f"training.grad_accum_steps = {config.training.grad_accum_steps} microbatches"
+        )
+
+
+def _check_tuning(config: Config) -> None:
+    """Raises ConfigError if fields of the optimizer contradict each other."""
+    optimizer = config.optimizer
+    if optimizer.rate_scaling != "linear" and not optimizer.base_batch_size:
+        raise ConfigError(
+            f"optimizer.rate_scaling = {optimizer.rate_scaling!r} needs optimizer.base_batch_size, the batch size that "
+            f"optimizer.learning_rate = {optimizer.learning_rate:g} is for, and it is 0"
         )
 
 

@@ -13,7 +13,7 @@ import optax
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
-from vit_jax.config import AUTO, Config
+from vit_jax.config import AUTO, Config, Optimizer
 from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.sources import Source
@@ -120,7 +120,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         model=model,
         params=params,
         optimizer=optimizer,
-        rate=optimizers.rate_on_host(optimizers.schedule(config.optimizer, config.training.steps)),
+        rate=optimizers.rate_on_host(optimizers.schedule(_optimizer_settings(config), config.training.steps)),
         layout=layout,
         sources=sources,
         program=programs,
@@ -138,9 +138,14 @@ def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> 
     if config.data.normalization == "dataset" and not row.mean:
         raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
-    optimizer, size = optimizers.build(config.optimizer, config.training.steps), config.data.image_size
+    optimizer, size = optimizers.build(_optimizer_settings(config), config.training.steps), config.data.image_size
     programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics)
     return model, optimizer, statistics, programs
+
+
+def _optimizer_settings(config: Config) -> Optimizer:
+    """The section `optimizer` with the peak rate of the run's batch size."""
+    return optimizers.scaled(config.optimizer, config.training.batch_size)
 
 
 def _replace_model(config: Config, **fields: Any) -> Config:

@@ -24,6 +24,10 @@ class Model:
     keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
+    stochastic_depth: float = 0.0  # share of the images that skip each branch of the last block; 0 at the first; in [0, 1)
+    tune: str = "all"  # what is trained: everything, a part of it with the head, or adapters with the head: "lora", "ssf"
+    lora_rank: int = 8  # of the two factors that LoRA adds to the query and value kernels; at most the model's width
+    lora_alpha: float = 0.0  # their product is multiplied by alpha / rank; 0: alpha is the rank
     dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
     attention: str = "auto"  # implementation of attention; "cudnn" needs bfloat16; "auto": cuDNN if a trial run agrees with XLA
 

@@ -13,6 +13,7 @@ CHOICES = {
     "model.dtype": (AUTO, "float32", "bfloat16"),
     "model.keep_head": (AUTO, "true", "false"),
     "model.attention": (AUTO, "xla", "cudnn"),
+    "model.tune": ("all", "head", "attention", "frozen_embedding", "lora", "ssf"),
     "data.normalization": ("google", "dataset"),
     "data.on_error": ("raise", "skip"),
     "augment.crop": ("torchvision", "tensorflow", "resize_crop", "none"),
@@ -45,11 +46,14 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.base_batch_size": (0, 2**17),
     "optimizer.layer_decay": (1e-3, 1),
     "optimizer.sam_rho": (0, 1e6),
+    "model.lora_rank": (1, 2**16),
+    "model.lora_alpha": (0, 1e6),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
 _FRACTIONS = (
     "model.dropout",
     "model.attention_dropout",
+    "model.stochastic_depth",
     "optimizer.momentum",
     "optimizer.b2",
     "optimizer.ema",
@@ -129,12 +133,20 @@ def check(config: Config) -> None:
 
 
 def _check_tuning(config: Config) -> None:
-    """Raises ConfigError if fields of the optimizer contradict each other."""
-    optimizer = config.optimizer
+    """Raises ConfigError if fields of the optimizer and of what is trained contradict each other."""
+    model, optimizer = config.model, config.optimizer
     if optimizer.rate_scaling != "linear" and not optimizer.base_batch_size:
         raise ConfigError(
             f"optimizer.rate_scaling = {optimizer.rate_scaling!r} needs optimizer.base_batch_size, the batch size that "
             f"optimizer.learning_rate = {optimizer.learning_rate:g} is for, and it is 0"
+        )
+    if optimizer.layer_decay < 1 and model.tune == "head":
+        raise ConfigError(
+            f"optimizer.layer_decay = {optimizer.layer_decay:g} needs blocks to train, and model.tune = 'head' trains none"
+        )
+    if model.lora_alpha and model.tune != "lora":
+        raise ConfigError(
+            f"model.lora_alpha = {model.lora_alpha:g} needs model.tune = 'lora', and model.tune is {model.tune!r}"
         )
 
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import optax
 
-from vit_jax.config import Augment
+from vit_jax.config import Augment, Model
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import tuning
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import logits_of, loss_of, train_step
 from vit_jax.transforms.preprocess import Statistics, for_evaluation, for_training
@@ -17,6 +18,7 @@ class Program(NamedTuple):
 
     train_step: Any  # (state, batch, data) → (state, metrics); the state given is used up
     predict: Any  # (params, batch, data) → logits float32 [B, classes]
+    merge: Any  # parameters of a state → the model's, of which those without adapters are the same arrays
 
 
 def build(
@@ -27,6 +29,7 @@ def build(
     seed: int,
     image_size: int,
     statistics: Statistics | None = None,
+    settings: Model | None = None,
 ) -> Program:
     """The programs of a model on the devices of a layout.
 
@@ -38,9 +41,14 @@ def build(
       seed: of every random draw.
       image_size: height and width of the model's input in pixels.
       statistics: channel means and deviations that images are scaled by; None: Google's.
+      settings: what is trained, see tuning.py; None: all parameters.
     """
-    forward = layout.gathered(loss_of(model, for_training(augment, image_size, statistics), seed))
+    settings = settings or Model()
+    loss, plain = loss_of(model, for_training(augment, image_size, statistics), seed), tuning.plain
+    forward = layout.gathered(lambda params, *rest: loss(plain(params, settings), *rest))
+    merge = layout.convert(lambda params: plain(params, settings)) if tuning.has_adapters(settings) else tuning.model_tree
     return Program(
         train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics, augment.eval_crop))),
+        merge=merge,
     )

@@ -91,6 +91,24 @@ def put(config, name, value):
         ("model.checkpoint", "x.npz", "either model.checkpoint .* got 'x.npz' and 'B/16'"),
         ("model.variant", "", "either model.checkpoint .* got '' and ''"),
         ("run.expected", {"a": "b"}, r"run.expected must be of type dict\[str, float\]"),
+        ("model.tune", "bias", "model.tune must be one of 'all', 'head', .*'lora', 'ssf', got 'bias'"),
+        ("model.lora_rank", 0, "model.lora_rank must be from 1 to 65,536, got 0"),
+        ("model.lora_alpha", -1.0, "model.lora_alpha must be from 0 to 1,000,000.0, got -1.0"),
+        ("model.lora_alpha", 16.0, "model.lora_alpha = 16 needs model.tune = 'lora', and model.tune is 'all'"),
+        ("model.stochastic_depth", 1.0, r"model.stochastic_depth must be in \[0, 1\), got 1.0"),
+        ("optimizer.ema", 1.0, r"optimizer.ema must be in \[0, 1\), got 1.0"),
+        ("optimizer.layer_decay", 0.0, "optimizer.layer_decay must be from 0.001 to 1, got 0.0"),
+        ("optimizer.layer_decay", 1.5, "optimizer.layer_decay must be from 0.001 to 1, got 1.5"),
+        ("optimizer.sam_rho", -0.1, "optimizer.sam_rho must be from 0 to 1,000,000.0, got -0.1"),
+        ("optimizer.weight_decay", -0.1, "optimizer.weight_decay must be from 0 to 1,000,000.0, got -0.1"),
+        ("optimizer.base_batch_size", -1, "optimizer.base_batch_size must be from 0 to 131,072, got -1"),
+        ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw', 'lamb', 'lars', 'muon', got 'adam'"),
+        ("optimizer.rate_scaling", "root", "optimizer.rate_scaling must be one of 'linear', 'sqrt', got 'root'"),
+        (
+            "optimizer.rate_scaling",
+            "sqrt",
+            "optimizer.rate_scaling = 'sqrt' needs optimizer.base_batch_size, .*optimizer.learning_rate = 0.03 .* and it is 0",
+        ),
         ("seed", 2**32, "seed must be from 0 to 4,294,967,295, got 4294967296"),
     ],
     ids=lambda value: "" if isinstance(value, int) else None,  # pytest cannot print 10**5000
@@ -112,6 +130,15 @@ def test_check_refuses_huge_numbers_in_every_field(valid, name, value):
     put(valid, name, value)
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         check(valid)
+
+
+def test_decay_by_depth_needs_blocks_that_are_trained(valid):
+    valid.optimizer.layer_decay, valid.model.tune = 0.75, "head"
+    message = r"^optimizer.layer_decay = 0.75 needs blocks to train, and model.tune = 'head' trains none$"
+    with pytest.raises(ConfigError, match=message):
+        check(valid)
+    valid.model.tune = "attention"
+    check(valid)
 
 
 def test_deterministic_pmap_is_refused(valid):

@@ -24,6 +24,10 @@ class Model:
     keep_head: str = "auto"  # of the checkpoint: "true", "false" (a zero head), or "auto": if its classes have the same names
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
+    stochastic_depth: float = 0.0  # share of the images that skip each branch of the last block; 0 at the first; in [0, 1)
+    tune: str = "all"  # what is trained: everything, a part of it with the head, or adapters with the head: "lora", "ssf"
+    lora_rank: int = 8  # of the two factors that LoRA adds to the query and value kernels; at most the model's width
+    lora_alpha: float = 0.0  # their product is multiplied by alpha / rank; 0: alpha is the rank
     dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
     attention: str = "auto"  # implementation of attention; "cudnn" needs bfloat16; "auto": cuDNN if a trial run agrees with XLA
 
@@ -61,15 +65,20 @@ class Augment:
 class Optimizer:
     """How gradients become updates."""
 
-    name: str = "sgd"  # "sgd" with momentum, or "adamw"
+    name: str = "sgd"  # "sgd" with momentum, "adamw", "lamb" or "lars" for large batches, "muon" on the kernels of the blocks
     learning_rate: float = 0.03  # peak learning rate
+    base_batch_size: int = 0  # batch size that the rate is given for, and scaled from; 0: the rate is as given
+    rate_scaling: str = "linear"  # with base_batch_size: the rate times batch_size / base_batch_size, or its root: "sqrt"
     warmup_steps: int = 0  # the rate rises linearly from 0 for this many updates; fewer than training.steps
     decay: str = "cosine"  # after the warm-up: "cosine" to 0 or "linear" to 1e-5; the last update is one step before that end
-    momentum: float = 0.9  # of SGD; b1 of AdamW
-    b2: float = 0.999  # of AdamW
-    weight_decay: float = 0.0  # on kernels only; SGD adds it to the gradient, AdamW to the update
+    momentum: float = 0.9  # of SGD, LARS and Muon; b1 of AdamW, LAMB and Muon's Adam
+    b2: float = 0.999  # of AdamW, LAMB and Muon's Adam
+    weight_decay: float = 0.0  # on kernels only; SGD and LARS add it to the gradient, the others to the update
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: not clipped
     accumulator_dtype: str = "bfloat16"  # type in which the momentum is stored
+    layer_decay: float = 1.0  # the rate is multiplied by this once more for each block further from the head; in (0, 1]
+    sam_rho: float = 0.0  # SAM: the gradient is taken this far (in global norm) up the slope; 0: no SAM, which doubles the work
+    ema: float = 0.0  # decay of the average of the parameters, which the run then yields; in [0, 1); 0: no average
 
 
 @dataclasses.dataclass(slots=True)

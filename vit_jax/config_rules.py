@@ -13,11 +13,13 @@ CHOICES = {
     "model.dtype": (AUTO, "float32", "bfloat16"),
     "model.keep_head": (AUTO, "true", "false"),
     "model.attention": (AUTO, "xla", "cudnn"),
+    "model.tune": ("all", "head", "attention", "frozen_embedding", "lora", "ssf"),
     "data.normalization": ("google", "dataset"),
     "data.on_error": ("raise", "skip"),
     "augment.crop": ("torchvision", "tensorflow", "resize_crop", "pad", "none"),
     "augment.eval_crop": ("none", "center"),
-    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.name": ("sgd", "adamw", "lamb", "lars", "muon"),
+    "optimizer.rate_scaling": ("linear", "sqrt"),
     "optimizer.decay": ("cosine", "linear"),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
     "training.on_nan": ("raise", "rollback"),
@@ -47,9 +49,22 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "optimizer.learning_rate": (1e-30, 1e6),
     "optimizer.weight_decay": (0, 1e6),
     "optimizer.clip_norm": (0, 1e9),
+    "optimizer.base_batch_size": (0, 2**17),
+    "optimizer.layer_decay": (1e-3, 1),
+    "optimizer.sam_rho": (0, 1e6),
+    "model.lora_rank": (1, 2**16),
+    "model.lora_alpha": (0, 1e6),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
-_FRACTIONS = ("model.dropout", "model.attention_dropout", "training.label_smoothing", "optimizer.momentum", "optimizer.b2")
+_FRACTIONS = (
+    "model.dropout",
+    "model.attention_dropout",
+    "model.stochastic_depth",
+    "optimizer.momentum",
+    "optimizer.b2",
+    "optimizer.ema",
+    "training.label_smoothing",
+)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -105,6 +120,7 @@ def check(config: Config) -> None:
             raise ConfigError("model.attention = 'cudnn' computes in bfloat16, and model.dtype is 'float32'")
         if dropout := config.model.attention_dropout:
             raise ConfigError(f"model.attention = 'cudnn' drops no weights, and model.attention_dropout is {dropout}")
+    _check_tuning(config)
     if mesh_sizes(config.run.mesh) and config.run.parallel == "pmap":
         raise ConfigError(f"run.mesh = {config.run.mesh!r} needs run.parallel = 'mesh', and run.parallel is 'pmap'")
     if (patience := config.training.patience) and not config.data.validation_split:
@@ -132,6 +148,24 @@ def mixing_fields(augment: Augment) -> str:
     """The fields that mix pairs of images, with their values, as an error names them; "" if none does."""
     fields = {"augment.mixup": augment.mixup, "augment.cutmix": augment.cutmix}
     return " and ".join(f"{name} = {value:g}" for name, value in fields.items() if value)
+
+
+def _check_tuning(config: Config) -> None:
+    """Raises ConfigError if fields of the optimizer and of what is trained contradict each other."""
+    model, optimizer = config.model, config.optimizer
+    if optimizer.rate_scaling != "linear" and not optimizer.base_batch_size:
+        raise ConfigError(
+            f"optimizer.rate_scaling = {optimizer.rate_scaling!r} needs optimizer.base_batch_size, the batch size that "
+            f"optimizer.learning_rate = {optimizer.learning_rate:g} is for, and it is 0"
+        )
+    if optimizer.layer_decay < 1 and model.tune == "head":
+        raise ConfigError(
+            f"optimizer.layer_decay = {optimizer.layer_decay:g} needs blocks to train, and model.tune = 'head' trains none"
+        )
+    if model.lora_alpha and model.tune != "lora":
+        raise ConfigError(
+            f"model.lora_alpha = {model.lora_alpha:g} needs model.tune = 'lora', and model.tune is {model.tune!r}"
+        )
 
 
 def with_steps(config: Config, images: int) -> Config:

@@ -31,7 +31,7 @@ def test_saver_keeps_two_states_and_the_best_parameters(tmp_path):
     with Saver(tmp_path, {"task": "t"}, Config()) as saver:  # the best of an earlier start is not forgotten
         saver.restore(ABSTRACT)
         (tmp_path / "best.npz").unlink()
-        saver.export(state, 0.1)
+        saver.export(int(state.step), state.params, 0.1)
     assert same(read_npz(tmp_path / "best.npz"), state_at(1).params)
     assert same(read_npz(tmp_path / "final.npz"), state_at(3).params)
     assert read_meta(tmp_path / "final.npz") == {"task": "t", "step": 3, "accuracy": 0.1}
@@ -107,7 +107,7 @@ def test_incomplete_weights_are_written_again(tmp_path, damage):
     saved(tmp_path)
     with Saver(tmp_path, {"task": "t"}, Config()) as saver:
         state = saver.restore(ABSTRACT)
-        saver.export(state, 0.1)
+        saver.export(int(state.step), state.params, 0.1)
     expected = {name: (tmp_path / name).read_bytes() for name in ("best.json", "final.json")}
     for name in ("best", "final"):
         weights, description = tmp_path / f"{name}.npz", tmp_path / f"{name}.json"
@@ -122,7 +122,8 @@ def test_incomplete_weights_are_written_again(tmp_path, damage):
         else:
             weights.unlink()
     with Saver(tmp_path, {"task": "t"}, Config()) as saver:
-        saver.export(saver.restore(ABSTRACT), 0.1)
+        state = saver.restore(ABSTRACT)
+        saver.export(int(state.step), state.params, 0.1)
     assert same(read_npz(tmp_path / "final.npz"), state_at(3).params) and same(
         read_npz(tmp_path / "best.npz"), state_at(1).params
     )

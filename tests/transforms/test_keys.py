@@ -40,4 +40,4 @@ def test_kinds_of_draws_have_different_keys():
 
 def test_numbers_of_kinds_never_change():
     """Saved runs go on with the draws that they began with."""
-    assert (keys.INIT, keys.AUGMENT, keys.DROPOUT) == (0, 1, 2) and (keys.CROP, keys.FLIP) == (0, 1)
+    assert (keys.INIT, keys.AUGMENT, keys.DROPOUT) == (0, 1, 2) and keys.LORA == 3 and (keys.CROP, keys.FLIP) == (0, 1)

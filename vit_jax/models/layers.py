@@ -19,6 +19,7 @@ class BlockFields:
     mlp_dim: int
     dropout: float
     attention_dropout: float  # 0 in evaluation
+    stochastic_depth: float  # of one block
     dtype: jax.typing.DTypeLike
     attention: str  # "xla", "cudnn", or "linen" if attention weights are dropped or returned
     tokens: int  # without padding

@@ -5,6 +5,7 @@ path. The names count layers as Linen's predecessor did (LayerNorm_0, MultiHeadD
 MlpBlock_3). Every default that parity depends on is written out: tanh GELU, epsilon 1e-6, the order of additions.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -33,7 +34,11 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each after a LayerNorm and within a residual connection; [B, T, D] → [B, T, D]."""
+    """Attention and MLP, each after a LayerNorm and within a residual connection; [B, T, D] → [B, T, D].
+
+    In training, each image skips each of the two with probability `stochastic_depth`, and what is kept is divided by the
+    probability to be kept (Huang et al. 2016; of residual branches and images as in DeiT, Touvron et al. 2021).
+    """
 
     fields: BlockFields
 
@@ -44,9 +49,10 @@ class EncoderBlock(nn.Module):
         attention = SelfAttention(fields, name="MultiHeadDotProductAttention_1")
         drop = nn.Dropout(fields.dropout, deterministic=not train)
         mlp = MlpBlock(fields, name="MlpBlock_3")
+        keep = nn.Dropout(fields.stochastic_depth, broadcast_dims=(1, 2), deterministic=not train, name="stochastic_depth")
 
-        x = x + drop(attention(norms[0](x)))
-        return x + mlp(norms[1](x), train)
+        x = x + keep(drop(attention(norms[0](x))))
+        return x + keep(mlp(norms[1](x), train))
 
 
 class PositionEmbedding(nn.Module):
@@ -79,7 +85,8 @@ class Encoder(nn.Module):
         x = pad_tokens(nn.Dropout(self.fields.dropout, deterministic=not train)(x), self.fields.attention)
         block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
         for i in range(self.num_layers):
-            x = block(self.fields, name=f"encoderblock_{i}")(x, train)
+            rate = self.fields.stochastic_depth * i / max(1, self.num_layers - 1)  # from 0 at the first block
+            x = block(dataclasses.replace(self.fields, stochastic_depth=rate), name=f"encoderblock_{i}")(x, train)
         return LayerNorm(dtype=self.fields.dtype, name="encoder_norm")(x[:, : self.fields.tokens])
 
 
@@ -91,7 +98,7 @@ class VisionTransformer(nn.Module):
 
     Args of a call:
       images: float32 [B, H, W, 3], usually in [-1, 1]; `stride` must divide H and W.
-      train: whether dropout is active; it then needs a "dropout" key.
+      train: whether dropout and stochastic depth are active; they then need a "dropout" key.
 
     Returns:
       Logits float32 [B, num_classes], or, if `num_classes` is 0, the features [B, hidden_size] that a head would see.
@@ -109,6 +116,7 @@ class VisionTransformer(nn.Module):
     resnet_width: int = 64
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    stochastic_depth: float = 0.0  # of the last block; it rises linearly from 0 at the first
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: str = "xla"  # what computes it: "xla" anywhere; "cudnn", fused, on an NVIDIA GPU in bfloat16
     remat: bool = False  # blocks are computed again for the gradient, in a fraction of the memory
@@ -152,7 +160,8 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([jnp.tile(token.astype(dtype), (x.shape[0], 1, 1)), x], axis=1)
         attention_dropout = self.attention_dropout if train else 0.0
         attention = "linen" if attention_dropout or self.is_mutable_collection("intermediates") else self.attention
-        fields = BlockFields(self.num_heads, self.mlp_dim, self.dropout, attention_dropout, dtype, attention, x.shape[1])
+        rates = (self.dropout, attention_dropout, self.stochastic_depth)
+        fields = BlockFields(self.num_heads, self.mlp_dim, *rates, dtype, attention, x.shape[1])
         x = Encoder(self.num_layers, fields, self.remat, name="Transformer")(x, train)
         x = x[:, 0] if self.classifier == "token" else jnp.mean(x, axis=1)
         if self.representation_size:

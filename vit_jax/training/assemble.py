@@ -13,7 +13,7 @@ import optax
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
 from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
-from vit_jax.config import AUTO, Config
+from vit_jax.config import AUTO, Config, Optimizer
 from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.sources import Source
@@ -23,11 +23,12 @@ from vit_jax.files import sha256
 from vit_jax.models.variants import build, from_tree, name_of
 from vit_jax.models.vit import GOOGLE_NORMALIZATION, VisionTransformer
 from vit_jax.training import optimizer as optimizers
-from vit_jax.training import program, restore
+from vit_jax.training import program, restore, tuning
 from vit_jax.training.devices import Layout
 from vit_jax.training.feed import Feed
 from vit_jax.training.state import TrainState, create
-from vit_jax.transforms.keys import INIT, stream
+from vit_jax.training.transformations import averaged
+from vit_jax.transforms.keys import INIT, LORA, stream
 
 _log = logging.getLogger("vit_jax")
 
@@ -38,7 +39,7 @@ class Parts:
 
     config: Config  # with its automatic fields resolved
     model: VisionTransformer
-    params: Any  # the parameters to start from; only shapes if they are those of a saved state
+    params: Any  # the model's parameters to start from; only shapes if they are those of a saved state
     optimizer: optax.GradientTransformation
     rate: Callable[[int], float]  # the learning rate of an update as a function of the updates before it
     layout: Layout
@@ -73,19 +74,31 @@ class Parts:
 
     def state(self) -> TrainState:
         """The state before the first update, on the host's default device."""
-        return create(self.params, self.optimizer)
+        return self._create(self.params)
 
     def abstract(self) -> TrainState:
         """Shapes and types of the state."""
-        return jax.eval_shape(lambda params: create(params, self.optimizer), self.params)
+        return jax.eval_shape(self._create, self.params)
+
+    def _create(self, params: Any) -> TrainState:
+        key = stream(self.config.seed, LORA)
+        return create(tuning.initial(params, self.config.model, key), self.optimizer)
+
+    def weights(self, state: TrainState) -> Any:
+        """The model's parameters that a state yields: averaged if the run does so, with adapters merged."""
+        return self.program.merge(averaged(state.params, state.opt_state))
+
+    def raw_weights(self, state: TrainState) -> Any:
+        """The same without averaging; None if the run does not average."""
+        return self.program.merge(state.params) if self.config.optimizer.ema else None
 
     def describe(self) -> str:
         """One line about the model, its parameters, the data and the devices."""
         data, training, (train, test, validation) = self.config.data, self.config.training, self.sources
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        count = tuning.describe(self.abstract().params, self.config.model)
         more = f", {len(validation):,} validation" if validation else ""
         return (
-            f"{name_of(self.model) or 'a Vision Transformer'} with {count:,} parameters at {data.image_size} px; {data.task}: "
+            f"{name_of(self.model) or 'a Vision Transformer'} with {count} at {data.image_size} px; {data.task}: "
             f"{len(train):,} training{more} and {len(test):,} test images; {training.steps:,} steps of {training.batch_size}; "
             f"{self.layout.describe()}"
         )
@@ -120,7 +133,7 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
         model=model,
         params=params,
         optimizer=optimizer,
-        rate=optimizers.rate_on_host(optimizers.schedule(config.optimizer, config.training.steps)),
+        rate=optimizers.rate_on_host(optimizers.schedule(_optimizer_settings(config), config.training.steps)),
         layout=layout,
         sources=sources,
         program=programs,
@@ -134,14 +147,20 @@ def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> 
     """A model with the fields of its run, none of them "auto"; the optimizer, the images' statistics, the program.Program."""
     settings, row = config.model, task(config.data.task)
     model = model.clone(dropout=settings.dropout, attention_dropout=settings.attention_dropout, attention=settings.attention)
-    model = model.clone(dtype=jnp.dtype(settings.dtype), remat=config.run.remat)
+    model = model.clone(stochastic_depth=settings.stochastic_depth, dtype=jnp.dtype(settings.dtype), remat=config.run.remat)
+    tuning.check(settings, model)
     if config.data.normalization == "dataset" and not row.mean:
         raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
-    optimizer, size = optimizers.build(config.optimizer, config.training.steps), config.data.image_size
-    smoothing = config.training.label_smoothing
-    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics, smoothing)
+    optimizer = optimizers.build(_optimizer_settings(config), config.training.steps, tuning.mask(settings))
+    size, smoothing = config.data.image_size, config.training.label_smoothing
+    programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics, smoothing, settings)
     return model, optimizer, statistics, programs
+
+
+def _optimizer_settings(config: Config) -> Optimizer:
+    """The section `optimizer` with the peak rate of the run's batch size."""
+    return optimizers.scaled(config.optimizer, config.training.batch_size)
 
 
 def _replace_model(config: Config, **fields: Any) -> Config:

@@ -208,6 +208,15 @@ class Layout:
         whole.defvjp(lambda leaf: (whole(leaf), None), lambda _, gradient: (with_sharding_constraint(gradient, sharding),))
         return whole(leaf)
 
+    def convert(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """A function from parameters to parameters, compiled; both are shared as `put` shares them."""
+
+        def placed(params: Any) -> Any:
+            converted = function(params)
+            return jax.tree.map(lambda leaf: with_sharding_constraint(leaf, self._state_sharding(leaf.shape)), converted)
+
+        return jax.jit(placed)
+
     def train(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """step(state, batch, data, axis=…) → (state, metrics), compiled; the state given is used up."""
         if self.pmap:

@@ -19,7 +19,15 @@ from vit_jax.models.variants import flops
 from vit_jax.training import capacity, hlo, target
 from vit_jax.training.cards import Card, card
 from vit_jax.training.devices import nbytes
-from vit_jax.training.preview import describe_images, describe_shapes, duration, evaluated, evaluation_time, without_download
+from vit_jax.training.preview import (
+    describe_images,
+    describe_shapes,
+    duration,
+    evaluated,
+    evaluation_time,
+    evaluations_of_a_state,
+    without_download,
+)
 from vit_jax.training.target import Plan, Target
 
 
@@ -185,6 +193,7 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
     model = 3 * settings.batch_size / count * flops(run.model, run.config.data.image_size)
     seconds = sum(kernel.seconds(chosen) for kernel in kernels)
     once, evaluations = sum(kernel.seconds(chosen) for kernel in predict.kernels), -(-settings.steps // settings.eval_every)
+    once *= evaluations_of_a_state(run.config)
     passes = {kind: once * -(-number // run.eval_batch_size) for kind, number in evaluated(run.images).items()}
     evaluation, total = evaluation_time(passes, evaluations)
     return [

@@ -24,7 +24,7 @@ from vit_jax.training.workdir import check_workdir, lock_workdir, record_environ
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a run: the metrics of its last evaluation and of its best one, and its last parameters."""
+    """The result of a run: the metrics of its last evaluation and of its best one, and the parameters that it yields."""
 
     metrics: dict[str, float]  # "step", "test/loss", "test/accuracy", "best/step", "best/accuracy", …, as in metrics.jsonl
     params: Any
@@ -62,7 +62,7 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
         writing = journal.open_journal(workdir, start, settings.steps, saver.unfinished is not None)
         with contextlib.closing(guard.batches(feed, start)) as batches, writing as log, jax.transfer_guard("disallow"):
             meter = Meter(parts.rate, settings.batch_size, start, guard.step_finished)
-            if saver.unfinished is not None and (line := _evaluate(parts, state.params, start, saver, saver.unfinished)):
+            if saver.unfinished is not None and (line := _evaluate(parts, state, start, saver, saver.unfinished)):
                 log.write(start, line)
                 saver.save(layout.gather(state), log.flush)
             for step in range(start + 1, start + 1 if saver.finished(start) or guard.interrupted else settings.steps + 1):
@@ -75,7 +75,7 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                     continue
                 line = meter.read()
                 if last or evaluates:
-                    line = _evaluate(parts, state.params, step, saver, line)
+                    line = _evaluate(parts, state, step, saver, line)
                 if line:
                     log.write(step, line)
                 stop = guard.stops(step) or saver.finished(step)  # once: a signal between two reads would end the run unsaved
@@ -87,18 +87,18 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
                 meter.restart()
             found: dict[str, float] = {}
             with contextlib.suppress(Interrupted):
-                found = outputs.complete(parts, state.params, saver, step, log)
-        state, finished = layout.gather(state), saver.finished(step) and not guard.interrupted
+                found = outputs.complete(parts, state, saver, step, log)
+        params, finished = layout.gather(parts.weights(state)), saver.finished(step) and not guard.interrupted
         if finished:
-            saver.export(state, found["test/accuracy"])
+            saver.export(step, params, found["test/accuracy"])
         best = {f"best/{name}": value for name, value in (saver.best or {}).items()}
-        return Result(found | best, state.params, finished, guard.signal)
+        return Result(found | best, params, finished, guard.signal)
 
 
-def _evaluate(parts: Parts, params: Any, step: int, saver: Saver, line: dict[str, float]) -> dict[str, float]:
+def _evaluate(parts: Parts, state: TrainState, step: int, saver: Saver, line: dict[str, float]) -> dict[str, float]:
     """The line of a step with the metrics of its evaluation; empty if a signal ends that, which the saver then records."""
     try:
-        found = outputs.evaluate(parts, params, step, saver)
+        found = outputs.evaluate(parts, state, step, saver)
     except Interrupted:
         saver.unfinished = line
         return {}
@@ -147,17 +147,19 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, keep_head="true"))
     layout = devices.start(config.run)
     parts = assemble(config, layout, saved=restore.newest_record(states) if has_state else None)
+    raw = None
     if has_state:
         saved = restore.read_newest(states, parts.abstract(), parts.config)
         if saved is None:
             raise TrainingError(f"{states} was removed while this command started; give the command again")
-        step, params, source = int(saved.state.step), saved.state.params, f"step {int(saved.state.step)} in {workdir}"
+        params, raw = parts.weights(saved.state), parts.raw_weights(saved.state)
+        step, source = int(saved.state.step), f"step {int(saved.state.step)} in {workdir}"
     else:
         step, params, source = 0, parts.params, config.model.checkpoint
         journal.say(f"there is no saved state in {workdir}")
     journal.say(f"evaluating {source}")
     journal.say(parts.describe())
-    found = outputs.evaluate(parts, layout.put(params), step)
+    found = outputs.measure(parts, layout.put(params), raw and layout.put(raw))
     for name, value in found.items():
         if not math.isfinite(value):
             raise TrainingError(f"{name} of {source} is {value}: these parameters give logits that are not finite")

@@ -15,7 +15,7 @@ from vit_jax.config import AUTO, Config
 from vit_jax.config_rules import check, mixing_fields
 from vit_jax.errors import CheckpointError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import devices
+from vit_jax.training import devices, tuning
 from vit_jax.training.assemble import Parts, assemble
 from vit_jax.training.devices import nbytes
 from vit_jax.training.feed import Feed
@@ -88,7 +88,7 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, dict[str, float]
         return measured
 
     seconds = _seconds(step)
-    images, test = min(config.run.eval_batch_size, len(parts.test_feed)), parts.test_feed
+    images, test, weights = min(config.run.eval_batch_size, len(parts.test_feed)), parts.test_feed, parts.weights(state)
     if seconds > _LONG:  # then the time per image hardly depends on the batch size
         images = min(images, settings.batch_size)
     size = layout.round_up(images)
@@ -96,12 +96,17 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, dict[str, float]
     examples, _, _ = next(iter(test.evaluation(size)))
     predict = parts.program.predict
     if layout.pmap:
-        jax.block_until_ready(predict(state.params, examples, test.data))
+        jax.block_until_ready(predict(weights, examples, test.data))
     else:
-        predict = predict.lower(state.params, examples, test.data).compile()
-    once = _seconds(lambda: predict(state.params, examples, test.data))
+        predict = predict.lower(weights, examples, test.data).compile()
+    once = _seconds(lambda: predict(weights, examples, test.data)) * evaluations_of_a_state(config)
     passes = {kind: once * -(-len(feed) // size) for kind, feed in evaluated(_feeds(parts)).items()}
     return compiled.memory_analysis(), seconds, passes
+
+
+def evaluations_of_a_state(config: Config) -> int:
+    """How many parameters an evaluation measures: those that a state yields and, if these are averaged, the raw ones."""
+    return 2 if config.optimizer.ema else 1
 
 
 def evaluated(splits: dict[str, _Split]) -> dict[str, _Split]:
@@ -135,10 +140,10 @@ def describe_shapes(
     """The lines about the model, the data and the batch of a run; `images` says how many there are and where they lie."""
     settings, size = config.training, config.data.image_size
     tokens = (size // model.stride) ** 2 + (model.classifier == "token")
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = tuning.describe(state.params, config.model)
     return [
         f"model       {model.num_layers} blocks of {model.hidden_size}, {model.num_heads} heads, {tokens} tokens, "
-        f"{count:,} parameters, {model.num_classes} classes",
+        f"{count}, {model.num_classes} classes",
         f"data        {config.data.task}: {images}",
         f"batch       {settings.batch_size} images of {size}×{size}×3 in {settings.grad_accum_steps} microbatch(es) over "
         f"{layout.describe()}",

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import optax
 
-from vit_jax.config import Augment
+from vit_jax.config import Augment, Model
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import losses
+from vit_jax.training import losses, tuning
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import logits_of, loss_of, train_step
 from vit_jax.transforms.preprocess import Statistics, for_evaluation, for_training
@@ -18,6 +18,7 @@ class Program(NamedTuple):
 
     train_step: Any  # (state, batch, data) → (state, metrics); the state given is used up
     predict: Any  # (params, batch, data) → logits float32 [B, classes]
+    merge: Any  # parameters of a state → the model's, of which those without adapters are the same arrays
 
 
 def build(
@@ -29,6 +30,7 @@ def build(
     image_size: int,
     statistics: Statistics | None = None,
     label_smoothing: float = 0.0,
+    settings: Model | None = None,
 ) -> Program:
     """The programs of a model on the devices of a layout.
 
@@ -41,10 +43,15 @@ def build(
       image_size: height and width of the model's input in pixels.
       statistics: channel means and deviations that images are scaled by; None: Google's.
       label_smoothing: of the training loss.
+      settings: what is trained, see tuning.py; None: all parameters.
     """
+    settings, plain = settings or Model(), tuning.plain
     transform = for_training(augment, image_size, statistics, model.num_classes)
-    forward = layout.gathered(loss_of(model, transform, seed, losses.build(label_smoothing)))
+    loss = loss_of(model, transform, seed, losses.build(label_smoothing))
+    forward = layout.gathered(lambda params, *rest: loss(plain(params, settings), *rest))
+    merge = layout.convert(lambda params: plain(params, settings)) if tuning.has_adapters(settings) else tuning.model_tree
     return Program(
         train_step=layout.train(functools.partial(train_step, forward=forward, optimizer=optimizer, seed=seed)),
         predict=layout.evaluate(logits_of(model, for_evaluation(image_size, statistics, augment.eval_crop))),
+        merge=merge,
     )

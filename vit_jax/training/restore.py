@@ -1,7 +1,7 @@
 """Reads the states that a run has saved: every byte is checked, and a damaged state is replaced by the one before it.
 
-A state is a folder `checkpoints/<step>` that Orbax wrote: the item `state`, the item `best` (the best parameters, if they
-are not those of the state), and `record`, one JSON object with the SHA-256 of every array and of itself.
+A state is a folder `checkpoints/<step>` that Orbax wrote: the item `state`, the item `best` (the best parameters, which are
+the model's, if the state's are others), and `record`, one JSON object with the SHA-256 of every array and of itself.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from vit_jax.config import Config, difference
 from vit_jax.config_files import from_json
 from vit_jax.errors import ConfigError, TrainingError, reason
 from vit_jax.training.state import TrainState
+from vit_jax.training.tuning import model_tree
 
 _log = logging.getLogger("vit_jax")
 _ATTEMPTS = 20  # to read a state while a training process replaces states
@@ -78,7 +79,7 @@ def make_record(
       best: the step and the accuracy of the best evaluation.
       config: the run's configuration.
       meta: the description of the run's weights.
-      params: the state's parameters; the record holds their shapes, from which the model is known.
+      params: the model's; the record holds their shapes, from which the model is known.
       skipped: of guard.Guard.
       unfinished: of saving.Saver.
     """
@@ -173,7 +174,7 @@ def _read(folder: Path, step: int, abstract: TrainState) -> Saved:
 
     state, best = tree("state", abstract), None
     if record["best"] is not None:
-        best = tree("best", abstract.params) if "best" in record["sha256"] else state.params
+        best = tree("best", model_tree(abstract.params)) if "best" in record["sha256"] else state.params
     return Saved(state, record, best, [])
 
 

@@ -27,7 +27,7 @@ from vit_jax.config import Config
 from vit_jax.errors import CheckpointError, TrainingError, reason
 from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
 from vit_jax.formats.google import read_meta, read_npz, save_npz
-from vit_jax.training import hosts, restore
+from vit_jax.training import hosts, restore, tuning
 from vit_jax.training.restore import Saved
 from vit_jax.training.state import TrainState
 
@@ -102,7 +102,7 @@ class Saver:
         record = hosts.from_first(read)
         if record is None:
             return None
-        like = (abstract, None if record["best"] is None else abstract.params)
+        like = (abstract, None if record["best"] is None else tuning.model_tree(abstract.params))
         state, self.best_params = hosts.arrays_of_first((found[0].state, found[0].best_params) if found else like)
         self.best, self.unfinished = record["best"], record.get("unfinished")
         self._replaced = int(state.step) if self.unfinished else None
@@ -188,10 +188,11 @@ class Saver:
 
         step = int(state.step)
         items = {"state": restore.flat(state)}
-        if best is not None and best["step"] != step:
+        if best is not None and (best["step"] != step or not tuning.is_plain(self._config)):
             items["best"] = restore.flat(best_params)
         with self._reporting(last, step):
-            record = restore.make_record(items, best, self._config, self._meta, state.params, self._skipped, unfinished)
+            shapes = tuning.model_tree(state.params)
+            record = restore.make_record(items, best, self._config, self._meta, shapes, self._skipped, unfinished)
             saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
             try:
                 self._write_best(best, best_params)
@@ -250,8 +251,13 @@ class Saver:
             _log.warning("%s; it is written again", error)
             return False
 
-    def export(self, state: TrainState, accuracy: float) -> None:
+    def export(self, step: int, params: Any, accuracy: float) -> None:
         """Writes best.npz and final.npz, as far as they are not whole already, once the last state is durable.
+
+        Args:
+          step: the last one.
+          params: what the last state yields, on the host.
+          accuracy: of these on the test split.
 
         Raises:
           TrainingError: if they cannot be written.
@@ -260,8 +266,7 @@ class Saver:
         def write() -> None:
             with self._reporting(last=True):
                 self._write_best(self.best, self.best_params)
-                of = {"step": int(state.step), "accuracy": accuracy}
-                self._write(FINAL_WEIGHTS, state.params, of, may_be_there=True)
+                self._write(FINAL_WEIGHTS, params, {"step": step, "accuracy": accuracy}, may_be_there=True)
 
         hosts.from_first(write)
 

@@ -4,6 +4,7 @@ They do not depend on the devices: `devices.Layout` compiles them with jit over 
 is the name of the devices' axis. `data` is what stays on the devices for a whole run (see feed.py), or None.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,7 +81,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a batch [microbatches, B], over which gradients are averaged.
 
-    Dropout is keyed by the seed, the step, the microbatch and, under pmap, the device.
+    Dropout is keyed by the seed, the step, the microbatch and, under pmap, the device. The optimizer is also given
+    `gradient_at`, the gradient of the same batch with the same draws as a function of other parameters. One that does not call
+    it compiles to the same program.
 
     Returns:
       The next state and float32 [] metrics: the loss before the update and the norm of its gradient before clipping.
@@ -90,18 +93,22 @@ def train_step(
         key = jax.random.fold_in(key, lax.axis_index(axis))
     microbatches = jax.tree.leaves(batch)[0].shape[0]
 
-    def value_and_grad(number):
+    def value_and_grad(params, number):
         microbatch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
         dropout_key = jax.random.fold_in(key, number)
-        return jax.value_and_grad(forward)(state.params, microbatch, data, state.step, dropout_key)
+        return jax.value_and_grad(forward)(params, microbatch, data, state.step, dropout_key)
 
-    total = value_and_grad(0)
-    if microbatches > 1:
-        total = lax.fori_loop(1, microbatches, lambda i, sums: jax.tree.map(jnp.add, sums, value_and_grad(i)), total)
-        total = jax.tree.map(lambda leaf: leaf / microbatches, total)
-    loss, gradients = lax.pmean(total, axis) if axis else total
+    def mean(params):
+        total = value_and_grad(params, 0)
+        if microbatches > 1:
+            add = functools.partial(jax.tree.map, jnp.add)
+            total = lax.fori_loop(1, microbatches, lambda i, sums: add(sums, value_and_grad(params, i)), total)
+            total = jax.tree.map(lambda leaf: leaf / microbatches, total)
+        return lax.pmean(total, axis) if axis else total
 
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    loss, gradients = mean(state.params)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(gradients, state.opt_state, state.params, gradient_at=lambda params: mean(params)[1])
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(state.step + 1, params, opt_state), metrics

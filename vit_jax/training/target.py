@@ -29,8 +29,10 @@ from vit_jax.training import hlo
 from vit_jax.training.assemble import build_programs
 from vit_jax.training.cards import CUDNN, Card
 from vit_jax.training.devices import Layout
-from vit_jax.training.state import create
+from vit_jax.training.state import TrainState, create
 from vit_jax.training.step import Batch
+from vit_jax.training.tuning import initial, model_tree
+from vit_jax.transforms.keys import LORA, stream
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # Without a card XLA cannot compare its own products with cuBLASLt's, and takes its own with a default tile. A run takes the
@@ -157,8 +159,11 @@ class Target:
         self.model, self.optimizer, _, self.programs = build_programs(self.config, model, self.layout)
         self.data = {kind: self._data(number) for kind, number in self.images.items()}  # on the devices; None if streamed
         params = shapes(model, config.data.image_size)
-        self.state = self.layout.abstract(jax.eval_shape(lambda tree: create(tree, self.optimizer), params))
+        self.state = self.layout.abstract(jax.eval_shape(self._create, params))
         self.eval_batch_size = self.layout.round_up(min(config.run.eval_batch_size, self.images["test"] or 2**30))
+
+    def _create(self, params: Any) -> TrainState:
+        return create(initial(params, self.config.model, stream(self.config.seed, LORA)), self.optimizer)
 
     def _data(self, number: int) -> Any:
         """What lies on the devices of a split with so many images; None if it is streamed."""
@@ -192,7 +197,7 @@ class Target:
     def predict(self) -> Plan:
         """The logits of an evaluation batch of the test split."""
         batch = self._batch((self.eval_batch_size,), self.data["test"] is not None, train=False)
-        return self._compile(self.programs.predict, self.state.params, batch, self.data["test"])
+        return self._compile(self.programs.predict, model_tree(self.state.params), batch, self.data["test"])
 
     def changed(self, **fields: Any) -> "Target":
         """The same run with other values of fields, named as in train_batch_size or run_remat."""

@@ -7,6 +7,7 @@ import jax
 
 # Kinds of draws of a run. Numbers are never reused or changed, so that a new kind leaves the draws of the others as they were.
 INIT, AUGMENT, DROPOUT = range(3)
+LORA = 3
 # Kinds of draws of an image, likewise.
 CROP, FLIP, RANDAUGMENT, ERASE, MIX = range(5)
 

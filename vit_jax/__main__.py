@@ -15,11 +15,13 @@ COMMANDS = {
     "checkpoints": "list, download, inspect, check and convert weights",
     "sweep": "fill the table of the AugReg paper: models by tasks",
     "ablate": "train a base and changes of it with the same seeds, and compare them",
+    "probe": "classify with the features of a checkpoint: nearest neighbours and linear heads",
 }
 MODULES = {  # the others have the command's name
     "report": "vit_jax.reports.__main__",
     "sweep": "vit_jax.studies.vtab",
     "ablate": "vit_jax.studies.ablate",
+    "probe": "vit_jax.studies.probe",
 }
 
 

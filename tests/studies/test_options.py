@@ -97,8 +97,8 @@ def test_held_out_images_and_the_rest_are_the_training_images(held, rest):
 @pytest.mark.parametrize(
     ("held", "trained", "message"),
     [
-        ("test[90%:]", "", "is trained on 'train', and only a part of that can be held out"),
-        ("train[90%:]", "train[:98%]", "is trained on 'train[:98%]', and only a part of that"),
+        ("test[90%:]", "", "the training split is 'train', and only a part of that can be held out"),
+        ("train[90%:]", "train[:98%]", "the training split is 'train[:98%]', and only a part of that"),
         ("train", "", "expected a part of the training images at their end or beginning"),
         ("train[10%:20%]", "", "expected a part"),
         ("train[:]", "", "expected a part"),
@@ -120,3 +120,19 @@ def test_numbers_are_above_0_with_commas_between_them():
     for text, message in (("0.1,x", "expected numbers with commas"), ("0,1", "expected numbers above 0")):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             options.numbers(float)(text)
+
+
+def test_zero_is_a_number_only_if_it_is_allowed():
+    assert options.numbers(float, zero=True)("0,0.1") == (0.0, 0.1)
+    with pytest.raises(argparse.ArgumentTypeError, match="expected numbers above 0 or 0"):
+        options.numbers(float, zero=True)("-1")
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("", (900, 1000)), ("train[75%:]", (750, 1000)), ("train[:100]", (0, 100)), ("train[-100:]", (900, 1000))],
+)
+def test_held_out_positions_are_those_of_the_split(text, held):
+    assert options.held_out_range(text, "train", 1000) == held
+    with pytest.raises(ConfigError, match="some of the 1 training images must be held out"):
+        options.held_out_range("", "train", 1)

@@ -14,16 +14,16 @@ _OPENING, _CLOSING = "([{", ")]}"
 _HELD_OUT = re.compile(r"([\w-]+)\[(?:(?P<first>-?\d+%?):|:(?P<last>-?\d+%?))\]")
 
 
-def numbers(kind: type) -> Any:
-    """A parser, for `argparse`, of numbers above 0 with commas between them; `kind` is int or float."""
+def numbers(kind: type, zero: bool = False) -> Any:
+    """A parser, for `argparse`, of numbers with commas between them, above 0 or, with `zero`, not below; of type `kind`."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
             values = tuple(kind(word) for word in text.split(","))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them") from None
-        if any(value <= 0 for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0")
+        if not all(value > 0 or (zero and value == 0) for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0{' or 0' * zero}")
         return values
 
     return parse
@@ -105,6 +105,27 @@ def _value(text: str, kind: Any) -> Any:
     return float(value) if kind is float and type(value) is int else value
 
 
+def _bound(text: str, trained: str, option: str) -> tuple[str, bool]:
+    """The bound of a held-out part of the training split `trained`, and whether the part begins there.
+
+    Raises:
+      ConfigError: if the part has another form, or is not of that split.
+    """
+    from vit_jax.errors import ConfigError
+
+    found = _HELD_OUT.fullmatch(text)
+    bound = (found["first"] or found["last"]) if found else "0"
+    number = int(bound.rstrip("%"))
+    if found is None or not number or (bound.endswith("%") and abs(number) >= 100):
+        raise ConfigError(
+            f"{option} {text!r}: expected a part of the training images at their end or beginning, such as 'train[90%:]' or "
+            "'train[:5000]'"
+        )
+    if found[1] != trained:
+        raise ConfigError(f"{option} {text!r}: the training split is {trained!r}, and only a part of that can be held out")
+    return bound, bool(found["first"])
+
+
 def hold_out(config: "Config", text: str, option: str = "--held_out") -> None:
     """Measures a run on training images that it is not trained on, so that no test image is read.
 
@@ -120,19 +141,32 @@ def hold_out(config: "Config", text: str, option: str = "--held_out") -> None:
     """
     from vit_jax.data.splits import names
     from vit_jax.data.tasks import task
-    from vit_jax.errors import ConfigError
 
-    found = _HELD_OUT.fullmatch(text)
-    bound = (found["first"] or found["last"]) if found else "0"
-    number = int(bound.rstrip("%"))
-    if found is None or not number or (bound.endswith("%") and abs(number) >= 100):
-        raise ConfigError(
-            f"{option} {text!r}: expected a part of the training images at their end or beginning, such as 'train[90%:]' or "
-            "'train[:5000]'"
-        )
     row, config.data.validation_split = task(config.data.task), ""
     trained = names(row, config.data).train
-    if found[1] != trained:
-        raise ConfigError(f"{option} {text!r}: {row.name} is trained on {trained!r}, and only a part of that can be held out")
-    config.data.train_split = f"{trained}[:{bound}]" if found["first"] else f"{trained}[{bound}:]"
+    bound, begins = _bound(text, trained, option)
+    config.data.train_split = f"{trained}[:{bound}]" if begins else f"{trained}[{bound}:]"
     config.data.test_split = text
+
+
+def held_out_range(text: str, trained: str, count: int, option: str = "--held_out") -> tuple[int, int]:
+    """The first position of held-out images among `count` training images, and the one behind the last.
+
+    Args:
+      text: as of `hold_out`; "" for the last tenth.
+      trained: the training split.
+      count: of its images.
+      option: named by errors.
+
+    Raises:
+      ConfigError: as `hold_out`, and if all images or none are held out.
+    """
+    from vit_jax.errors import ConfigError
+
+    bound, begins = _bound(text, trained, option) if text else ("90%", True)
+    number = int(bound.rstrip("%"))
+    at = round(number * count / 100) if bound.endswith("%") else number  # as TFDS rounds
+    at = at + count if number < 0 else at
+    if not 0 < at < count:
+        raise ConfigError(f"{option} {text!r}: some of the {count:,} training images must be held out, and some must not")
+    return (at, count) if begins else (0, at)

@@ -49,6 +49,16 @@ def test_probe_of_the_embedded_model(tmp_path, capsys):
     assert json.loads((tmp_path / "probe.json").read_text()) == record
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("B/16", "B_16"), ("R+Ti/16", "R+Ti_16"), ("runs/demo/", "demo"), ("folder:flowers/all", "all"), ("csv:a/b.csv", "b.csv")],
+)
+def test_default_folder_has_a_readable_name(tmp_path, monkeypatch, name, word):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert probe._word(name) == word
+
+
 def test_rows_of_the_table_have_one_test_accuracy_for_each_classifier():
     record = {
         "knn": {"held_out_accuracy": {"1": 0.5, "5": 0.6}, "k": 5, "test_accuracy": 0.55},

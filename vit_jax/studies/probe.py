@@ -9,6 +9,7 @@ the head, are chosen on held-out training images; then all training images are u
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     if not 0 <= args.temperature < 1e6:
         raise ConfigError(f"--temperature must not be negative, got {args.temperature}")
     runtime.prepare()
-    words = (args.checkpoint.rstrip("/").rpartition("/")[2], args.task.rstrip("/").rpartition("/")[2])
-    folder = args.output or Path("runs", "-".join(["probe", *(word.replace(":", "_") for word in words)]))
+    folder = args.output or Path("runs", f"probe-{_word(args.checkpoint)}-{_word(args.task)}")
     (features, labels), tested, about = collect(args, folder)
     classes = about["classes"]
     first, last = options.held_out_range(args.held_out, about["train_split"], len(labels))
@@ -95,6 +95,14 @@ def _run(args: argparse.Namespace) -> int:
     print(text, end="")
     print(f"Features: {folder / 'features'}; results: {folder / 'probe.json'}, {folder / 'table.md'}")
     return 0
+
+
+def _word(name: str) -> str:
+    """A checkpoint or a task as a part of a folder's name: of paths the last name, "B/16" as "B_16"."""
+    kind, _, location = name.rpartition(":")
+    path = Path(location).expanduser()
+    word = path.absolute().name if kind in ("folder", "csv") or path.exists() else name
+    return re.sub(r"[^\w.+@,-]+", "_", word)
 
 
 def table(record: dict[str, Any]) -> list[list[str]]:

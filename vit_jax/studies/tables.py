@@ -38,11 +38,12 @@ def differences(rows: Mapping[str, Summary], title: str) -> Figure:
     """Draws the mean difference to the base of each change with its interval, and the difference of each seed as a small dot.
 
     Args:
-      rows: the base first, which is the line at 0; changes without a difference have only their name.
-      title: of the axis.
+      rows: the base first, which is the line at 0; changes without a difference have only their name. Of fields
+        that change together, at most three are named.
+      title: of the figure.
     """
     (_, base), *changes = rows.items()
-    figure = Figure((WIDTH, 0.9 + 0.24 * max(len(changes), 2)), layout="constrained")
+    figure = Figure((WIDTH, 0.9 + 0.26 * max(len(changes), 2)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color=GREY, linewidth=0.8)
     for y, (_, row) in enumerate(changes):
@@ -50,8 +51,10 @@ def differences(rows: Mapping[str, Summary], title: str) -> Figure:
         axis.plot(each, [y] * len(each), "o", color=COLOURS[5], markersize=3, alpha=0.8, linewidth=0)
         if row.difference is not None:
             axis.errorbar(row.difference, y, xerr=row.margin, fmt="o", color=COLOURS[0], markersize=4.5, capsize=2.5)
-    axis.set_yticks(range(len(changes)), [shorten(printable(name), 2.6, 7.5) for name, _ in changes], fontsize=7.5)
-    axis.set(title=title, ylim=(len(changes) - 0.5, -0.5))
+    names = ["\n".join(shorten(word, 2.6, 7.5) for word in printable(name).split(" ")[:3]) for name, _ in changes]
+    axis.set_yticks(range(len(changes)), names, fontsize=7.5)
+    axis.set_ylim(len(changes) - 0.5, -0.5)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=9)
     axis.grid(axis="y", visible=False)
     return figure
 

@@ -45,7 +45,7 @@ def test_full_disk_and_closed_pipe_give_no_traceback():
 def test_help_lists_every_command(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: vit_jax {train,predict,report,data,checkpoints,sweep} …\n")
+    assert text.startswith("usage: vit_jax {train,predict,report,data,checkpoints,sweep,ablate,probe} …\n")
     assert all(f"\n  {name:13}{words}\n" in text for name, words in entry.COMMANDS.items())
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vit_jax {vit_jax.__version__}\n"
@@ -58,13 +58,13 @@ def test_help_lists_every_command(capsys):
         (["reports"], "unknown command 'reports'; the nearest is report; see vit_jax --help"),
         (
             ["xyz", "--help"],
-            "unknown command 'xyz'; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help",
+            "unknown command 'xyz'; commands are train, predict, report, data, checkpoints, sweep, ablate, probe; see vit_jax",
         ),
         (
             ["--config", "demo"],
-            "unknown command '--config'; commands are train, predict, report, data, checkpoints, sweep; see",
+            "unknown command '--config'; commands are train, predict, report, data, checkpoints, sweep, ablate, probe; see",
         ),
-        ([], "no command; commands are train, predict, report, data, checkpoints, sweep; see vit_jax --help"),
+        ([], "no command; commands are train, predict, report, data, checkpoints, sweep, ablate, probe; see vit_jax --help"),
     ],
 )
 def test_unknown_command_is_one_line_and_status_2(capsys, arguments, said):

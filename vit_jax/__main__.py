@@ -14,8 +14,15 @@ COMMANDS = {
     "data": "list, prepare and show data sets",
     "checkpoints": "list, download, inspect, check and convert weights",
     "sweep": "fill the table of the AugReg paper: models by tasks",
+    "ablate": "train a base and changes of it with the same seeds, and compare them",
+    "probe": "classify with the features of a checkpoint: nearest neighbours and linear heads",
 }
-MODULES = {"report": "vit_jax.reports.__main__", "sweep": "vit_jax.studies.vtab"}  # the others have the command's name
+MODULES = {  # the others have the command's name
+    "report": "vit_jax.reports.__main__",
+    "sweep": "vit_jax.studies.vtab",
+    "ablate": "vit_jax.studies.ablate",
+    "probe": "vit_jax.studies.probe",
+}
 
 
 def console() -> NoReturn:

@@ -36,3 +36,5 @@ def test_evaluation_yields_every_image_once_in_order(source_of, layout):
         labels.append(of_batch[mask])
     assert len(images) == 4
     assert np.array_equal(np.concatenate(images), source.images) and np.array_equal(np.concatenate(labels), source.labels)
+    later = [(np.asarray(batch.images)[mask], of_batch[mask]) for batch, of_batch, mask in feed.evaluation(16, start=2)]
+    assert len(later) == 2 and all(np.array_equal(a, b) for a, (b, _) in zip(images[2:], later, strict=True))

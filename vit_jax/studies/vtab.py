@@ -7,18 +7,17 @@ on the task's validation split is chosen; the model is then trained with it on t
 """
 
 import argparse
-import ast
 import csv
-import io
 import itertools
 import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vit_jax import cli
+from vit_jax.studies import options
 
 if TYPE_CHECKING:
     from vit_jax.config import Config
@@ -32,19 +31,6 @@ PAPER = Path(__file__).parents[1] / "assets" / "augreg_vtab.csv"
 PRETRAINING = "ImageNet-21k (300ep)"  # of the files that the names of models mean
 
 
-def _numbers(kind: type) -> Any:
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            values = tuple(kind(word) for word in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them") from None
-        if any(value <= 0 for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0")
-        return values
-
-    return parse
-
-
 def main(argv: list[str] | None = None, program: str = "python -m vit_jax.studies.vtab") -> int:
     """Runs the sweep; returns the exit status: 1 if a cell failed."""
     parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").split("\n\n")[0])
@@ -52,8 +38,10 @@ def main(argv: list[str] | None = None, program: str = "python -m vit_jax.studie
     parser.add_argument(
         "--tasks", default="all", help="all, natural, specialized, structured, or names of `vit_jax data list`, with commas"
     )
-    parser.add_argument("--steps", type=_numbers(int), default=STEPS, help="numbers of steps to try; default: 500,2500")
-    parser.add_argument("--lrs", type=_numbers(float), default=RATES, help="rates to try; default: 0.001,0.003,0.01,0.03")
+    parser.add_argument("--steps", type=options.numbers(int), default=STEPS, help="numbers of steps to try; default: 500,2500")
+    parser.add_argument(
+        "--lrs", type=options.numbers(float), default=RATES, help="rates to try; default: 0.001,0.003,0.01,0.03"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/vtab"), help="folder of the runs and the table; default: runs/vtab"
     )
@@ -137,38 +125,13 @@ def cell(model: str, name: str, steps: int, rate: float, overrides: Sequence[str
     config.optimizer.learning_rate, config.training.steps = rate, steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)  # as configured, or a fifth of a short run
     config.data.validation_split = "own" if search else ""
+    refused = {name: f"the sweep sets {name} itself; see --models, --tasks, --steps and --lrs" for name in _OWN}
     for override in overrides:
-        _override(config, override)
+        options.set_field(config, override, refused=refused)
     config.training.eval_every = config.training.steps  # only the last evaluation counts
     check(config)
     place = f"{model}-{name}-{steps}-{rate:g}".replace("/", "_").replace(":", "_")
     return Cell(f"{'search' if search else 'final'}/{place}", config)
-
-
-def _override(config: "Config", text: str) -> None:
-    """Sets "section.field=value"; ConfigError if there is no such field."""
-    from vit_jax.config import fields
-    from vit_jax.errors import ConfigError
-
-    name, _, value = text.partition("=")
-    known = fields(config)
-    if name in _OWN:
-        raise ConfigError(f"--config {text}: the sweep sets {name} itself; see --models, --tasks, --steps and --lrs")
-    if name not in known or not value:
-        raise ConfigError(
-            f"--config {text}: expected FIELD=VALUE with a field of a configuration, such as training.batch_size=64"
-        )
-    node: Any = config
-    *sections, field = name.split(".")
-    for section in sections:
-        node = getattr(node, section)
-    try:
-        value = {"true": "True", "false": "False"}.get(value, value)
-        setattr(node, field, value if known[name][1] is str else ast.literal_eval(value))
-    except (ValueError, SyntaxError):
-        raise ConfigError(
-            f"--config {text}: {value!r} is not a {getattr(known[name][1], '__name__', known[name][1])}"
-        ) from None
 
 
 def describe(searches: dict[tuple[str, str], list["Cell"]], folder: Path) -> Iterator[str]:
@@ -221,7 +184,7 @@ def write(
     models: Sequence[str],
     names: Sequence[str],
     found: dict[tuple[str, str], float],
-    chosen: dict[tuple[str, str], Any],
+    chosen: dict[tuple[str, str], "Config"],
 ) -> None:
     """Writes table.md, table.csv and index.html: accuracies in %, the paper's, and the differences.
 
@@ -232,8 +195,8 @@ def write(
       found: (model, task) → test accuracy in %.
       chosen: (model, task) → the configuration that was chosen.
     """
-    from vit_jax.files import whole_file
     from vit_jax.reports.markup import page_html, table_html
+    from vit_jax.studies import tables
 
     published = paper()
     rows: list[list[str]] = []
@@ -256,16 +219,11 @@ def write(
         )
     header = ["model", "", *columns]
     rows = [row + ["–"] * (len(header) - len(row)) for row in rows]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
     source = "Test accuracy, %. Paper: Steiner et al. 2021, “How to train your ViT?”, table of VTAB results."
     body = ["<h1>Models by tasks</h1>", f"<p>{source}</p>", table_html([header, *rows], "numbers")]
-    for file, content in (("table.md", text.encode()), ("index.html", page_html("Models by tasks", body))):
-        with whole_file(folder / file) as opened:
-            opened.write(content)
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([header, *rows])
-    with whole_file(folder / "table.csv") as opened:
-        opened.write(lines.getvalue().encode())
+    tables.write_text(folder / "table.md", tables.markdown([header, *rows]))
+    tables.write_text(folder / "index.html", page_html("Models by tasks", body).decode())
+    tables.write_csv(folder / "table.csv", [header, *rows])
 
 
 if __name__ == "__main__":

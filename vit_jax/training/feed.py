@@ -58,14 +58,15 @@ class Feed:
                 for batch in put([batch for batch, _ in itertools.islice(found, ahead)]):
                     yield batch._replace(example_index=example_index)
 
-    def evaluation(self, size: int) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    def evaluation(self, size: int, start: int = 0) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Every image once, in order: batches of `size`, their labels int32 [size] and their masks bool [size].
 
-        The mask is False for the padding of the last batch. Every host reads its own rows, and gets the labels of all.
+        The first is batch number `start`. The mask is False for the padding of the last batch. Every host reads its own rows,
+        and gets the labels of all.
         """
         rows, batch_at = self.layout.rows(size), functools.partial(batches.evaluation_batch, len(self), size)
-        found = self._batches(lambda number: batch_at(number)[0][rows], 0, -(-len(self) // size))
-        for number, (batch, labels) in enumerate(found):
+        found = self._batches(lambda number: batch_at(number)[0][rows], start, -(-len(self) // size) - start)
+        for number, (batch, labels) in enumerate(found, start):
             yield self.layout.put_batch(batch), self.layout.all_rows(labels), batch_at(number)[1]
 
     def _batches(

@@ -3,7 +3,7 @@
     python -m vit_jax.studies.probe --checkpoint ViT-B_16 --task cifar100
 
 The features of all training and test images are computed once and kept. The number of neighbours, and the rate and the decay of
-the head, are chosen on held-out training images; then all training images are used, and the test images are read once.
+the head, are chosen on held-out training images; then all training images are used, and the test images are classified once.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     chosen_on = f"{last - first:,} of {len(labels):,} training images ({record['held_out']})"
     text = (
         f"Accuracy on {about['test_split']} of {args.task} ({len(tested[1]):,} images), with the features of {args.checkpoint} "
-        f"at {about['image_size']} px; chosen on {chosen_on}, then all are used and the test images are read once.\n\n"
+        f"at {about['image_size']} px; chosen on {chosen_on}, then all are used and the test images are classified once.\n\n"
         f"{tables.markdown(rows)}"
     )
     grid = [["learning rate", "weight decay", "held-out accuracy, %"]]

@@ -89,6 +89,10 @@ def test_runs_are_evaluated_at_their_end_unless_told_otherwise(source, vary, opt
     assert [row[3].config.training.eval_every for row in plan(source, vary, **options).cells.values()] == every
 
 
+def test_base_is_measured_without_changes(source):
+    assert list(plan(source).cells) == ["base"] and len(plan(source).cells["base"]) == 2
+
+
 def test_table_names_the_split_of_its_figures(source):
     assert "accuracy on test of cifar100_excerpt, the test images" in plan(source, "augment.flip=false").measured
     found = plan(source, "augment.flip=false", config=["data.validation_split=own"])
@@ -100,7 +104,6 @@ def test_table_names_the_split_of_its_figures(source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is nothing to vary: give --vary"),
         (["--vary", "optimizer.lr=1"], "--vary optimizer.lr=1: expected FIELD=VALUE with a field"),
         (["--vary", "optimizer.learning_rate"], "expected FIELD=VALUE"),
         (["--vary", ""], "expected FIELD=VALUE,VALUE"),

@@ -2,8 +2,9 @@
 
     python -m vit_jax.studies.ablate configs/demo.py --vary optimizer.weight_decay=0.0001 --vary augment.flip=false --seeds 3
 
-The base is the configuration as given. Each value of a --vary is one change of it; with --product, every combination of the
-values of all --vary is one. Killed and started again, it goes on; processes with the same --output share the runs.
+The base is the configuration as given; without --vary only its mean and deviation are measured. Each value of a --vary is
+one change of it; with --product, every combination of the values of all --vary is one. Killed and started again, it goes on;
+processes with the same --output share the runs.
 """
 
 import argparse
@@ -145,8 +146,6 @@ def plan(args: argparse.Namespace, command: str) -> "Study":
     from vit_jax.studies.ablation import BASE, Study
     from vit_jax.training.command import workdir_of
 
-    if not args.vary:
-        raise ConfigError("there is nothing to vary: give --vary FIELD=VALUE,VALUE,…")
     if not 1 <= args.seeds <= 10_000:
         raise ConfigError(f"--seeds must be from 1 to 10,000, got {args.seeds}")
     base = config_files.read(args.source)
@@ -168,7 +167,7 @@ def plan(args: argparse.Namespace, command: str) -> "Study":
             raise ConfigError(message if message.startswith("--vary") else f"{name}: {message}") from None
         if config not in configs.values():
             configs[name] = config
-    if len(configs) == 1:
+    if args.vary and len(configs) == 1:
         raise ConfigError("every value of --vary is the base's own: there is nothing to compare")
     folder = args.output or Path("runs", f"ablate-{workdir_of(args.source).absolute().name}")
     cells = {name: _cells(name, config, args.seeds) for name, config in configs.items()}

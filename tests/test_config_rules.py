@@ -7,7 +7,7 @@ import pytest
 from vit_jax import config as configuration
 from vit_jax.config import Config, Model, difference
 from vit_jax.config_files import read
-from vit_jax.config_rules import check, with_steps
+from vit_jax.config_rules import check, mixing_fields, with_steps
 from vit_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,15 @@ def put(config, name, value):
         ("run.mesh", "fsdp", "run.mesh must be sizes of the axes"),
         ("run.mesh", "fsdp:0", "run.mesh must be sizes of the axes"),
         ("run.mesh", "data:4;fsdp:2", "run.mesh must be sizes of the axes"),
+        ("augment.padding", -1, "augment.padding must be from 0 to 128, got -1"),
+        ("augment.randaugment_layers", -1, "augment.randaugment_layers must be from 0 to 10, got -1"),
+        ("augment.randaugment_magnitude", -1.0, "augment.randaugment_magnitude must be from 0 to 30, got -1.0"),
+        ("augment.randaugment_magnitude", 31.0, "augment.randaugment_magnitude must be from 0 to 30, got 31.0"),
+        ("augment.erasing", 1.01, "augment.erasing must be from 0 to 1, got 1.01"),
+        ("augment.erasing", -0.1, "augment.erasing must be from 0 to 1, got -0.1"),
+        ("augment.mixup", -0.2, "augment.mixup must be from 0 to 100, got -0.2"),
+        ("augment.cutmix", -1.0, "augment.cutmix must be from 0 to 100, got -1.0"),
+        ("training.label_smoothing", 1.0, r"training.label_smoothing must be in \[0, 1\), got 1.0"),
         ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw'"),
         ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps = 1000 must be shorter than the run, training.steps = 1000"),
         ("optimizer.warmup_steps", -1, "optimizer.warmup_steps must be from 0 to 2,147,483,647, got -1"),
@@ -188,6 +197,21 @@ def test_mesh_and_pmap_exclude_each_other(valid):
     valid.run.parallel = "mesh"
     check(valid)
     assert configuration.mesh_sizes(" fsdp:2,data:4") == {"fsdp": 2, "data": 4} and configuration.mesh_sizes("") == {}
+
+
+def test_mixing_needs_an_even_microbatch(valid):
+    valid.augment.mixup, valid.training.batch_size = 0.2, 6
+    check(valid)
+    valid.training.grad_accum_steps = 2
+    said = "augment.mixup = 0.2{} mixes pairs of images: training.batch_size = 6 in training.grad_accum_steps = 2 must give an"
+    with pytest.raises(ConfigError, match=said.format("")):
+        check(valid)
+    valid.augment.cutmix = 1.0
+    with pytest.raises(ConfigError, match=said.format(" and augment.cutmix = 1")):
+        check(valid)
+    valid.augment.mixup = valid.augment.cutmix = 0.0
+    check(valid)
+    assert mixing_fields(valid.augment) == ""
 
 
 def test_cudnn_needs_bfloat16_and_no_attention_dropout():

@@ -40,11 +40,22 @@ def layout(parallel: str, count: int, mesh: str = "") -> Layout:
 
 
 def losses(
-    model, params, source, where: Layout, steps=20, microbatches=1, budget=EVERYTHING, seed=0, crop="torchvision", state=None
+    model,
+    params,
+    source,
+    where: Layout,
+    steps=20,
+    microbatches=1,
+    budget=EVERYTHING,
+    seed=0,
+    crop="torchvision",
+    state=None,
+    augment=None,
+    smoothing=0.0,
 ):
     """The losses of a run with crops and flips up to a step, and its state there; it begins or goes on with a state."""
     optimizer = optimizers.build(Optimizer(warmup_steps=5, accumulator_dtype="float32"), 20)
-    step = program.build(model, Augment(crop=crop), optimizer, where, seed, 8).train_step
+    step = program.build(model, augment or Augment(crop=crop), optimizer, where, seed, 8, None, smoothing).train_step
     feed = Feed(source, where, budget)
     start = int(state.step) if state else 0
     state, found = where.put(state or create(params, optimizer)), []
@@ -86,6 +97,20 @@ def test_layouts_give_the_same_losses_and_parameters(
     for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         assert leaf.shape == like.shape  # no device axis
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
+
+
+def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of):
+    everything = Augment(crop="pad", randaugment_layers=2, erasing=0.5, mixup=0.4, cutmix=1.0)
+    options = dict(steps=4, augment=everything, smoothing=0.1)
+    expected, state = losses(*model_and_params, source_of(50), layout("mesh", 1), **options)
+    plain, _ = losses(*model_and_params, source_of(50), layout("mesh", 1), **options | {"augment": Augment()})
+    assert np.abs(expected - plain).min() > 1e-3
+    for parallel, count, mesh, microbatches in (("mesh", 1, "", 2), ("pmap", 2, "", 1), ("pmap", 2, "", 2), ("mesh", 8, "", 1),
+                                                ("mesh", 4, "data:2,fsdp:2", 2)):  # fmt: skip
+        where = layout(parallel, count, mesh)
+        found, other = losses(*model_and_params, source_of(50), where, microbatches=microbatches, **options)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert_close(where.gather(other.params), jax.device_get(state.params))
 
 
 def test_state_saved_on_a_layout_resumes_on_any_other(model_and_params, source_of, on_one_device, tmp_path):
@@ -202,6 +227,13 @@ def test_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(ConfigError, match="is 8$"):
         layout("mesh", 8).check(6, 1)
     layout("mesh", 8).check(32, 2)
+    layout("mesh", 8).check(16, 1, "augment.mixup = 0.2")
+    said = (
+        r"^augment.mixup = 0.2 mixes pairs of images, which must be on one device: training.batch_size = 24 in "
+        r"training.grad_accum_steps = 1 gives each of 8 devices 3; the next batch size with an even number is 32$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        layout("mesh", 8).check(24, 1, "augment.mixup = 0.2")
 
 
 def test_driver_without_a_gpu_build_gives_a_warning(tmp_path, monkeypatch, caplog):

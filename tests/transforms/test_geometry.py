@@ -265,3 +265,17 @@ def test_resize_crop_is_a_part_of_the_resized_image():
             if np.allclose(image[top : top + 24, left : left + 12], part, atol=1e-3)
         ]
     assert len(places) == 64 and {top for top, _ in places} == set(range(5)) and {left for _, left in places} == set(range(3))
+
+
+@pytest.mark.parametrize(("size", "padding"), [((20, 24), 4), ((20, 24), 0), ((15, 40), 3)])
+def test_pad_crop_is_that_of_a_padded_image(size, padding):
+    images, own, flip = pixels(64, 20, 24, 3), keys(64), flips(keys(64, 1))
+    crop = jax.jit(lambda own, x, flip: geometry.random_crops(own, x, size, "pad", (0.05, 1.0), flip, padding=padding))
+    found = np.asarray(crop(own, images, flip))
+    padded = np.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
+    offsets = [np.floor(np.asarray(jax.random.uniform(key, (2,))) * (2 * padding + 1)).astype(int) for key in own]
+    for image, mirrored, (top, left), ours in zip(padded, flip, offsets, found, strict=True):
+        part = image[top : top + 20, left : left + 24]
+        expected = part if size == (20, 24) else slow_resize(part, *size)
+        np.testing.assert_allclose(ours, expected[:, ::-1] if mirrored else expected, atol=TOLERANCE)
+    assert {top for top, _ in offsets} == {left for _, left in offsets} == set(range(2 * padding + 1))

@@ -7,6 +7,7 @@ import numpy as np
 from vit_jax.transforms import keys
 
 data = jax.random.key_data
+KINDS = (keys.CROP, keys.FLIP, keys.RANDAUGMENT, keys.ERASE, keys.MIX)
 
 
 def example_keys(seed=0, step=0, index=(0, 1)) -> np.ndarray:
@@ -34,10 +35,10 @@ def test_keys_are_threefry_with_any_default():
 def test_kinds_of_draws_have_different_keys():
     of_run = [tuple(data(keys.stream(0, kind)).tolist()) for kind in (keys.INIT, keys.AUGMENT, keys.DROPOUT)]
     own = keys.example_keys(keys.stream(0, keys.AUGMENT), 0, jnp.arange(1))
-    of_image = [tuple(data(keys.fold(own, kind))[0].tolist()) for kind in (keys.CROP, keys.FLIP)]
-    assert len({*of_run, *of_image}) == 5
+    of_image = [tuple(data(keys.fold(own, kind))[0].tolist()) for kind in KINDS]
+    assert len({*of_run, *of_image}) == 8
 
 
 def test_numbers_of_kinds_never_change():
     """Saved runs go on with the draws that they began with."""
-    assert (keys.INIT, keys.AUGMENT, keys.DROPOUT) == (0, 1, 2) and keys.LORA == 3 and (keys.CROP, keys.FLIP) == (0, 1)
+    assert (keys.INIT, keys.AUGMENT, keys.DROPOUT, keys.LORA) == (0, 1, 2, 3) and KINDS == (0, 1, 2, 3, 4)

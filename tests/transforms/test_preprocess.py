@@ -8,6 +8,9 @@ import pytest
 from vit_jax.config import Augment
 from vit_jax.models.variants import build
 from vit_jax.transforms import geometry, keys, preprocess
+from vit_jax.transforms.erasing import erase
+from vit_jax.transforms.mixing import mix
+from vit_jax.transforms.randaugment import randaugment
 
 STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
@@ -102,3 +105,37 @@ def test_training_transform_does_not_depend_on_the_batch():
     np.testing.assert_array_equal(parallel_labels.reshape(32), labels)
     other, _ = transform(example_keys(32, step=1), images, labels)
     assert (np.abs(other - expected).max(axis=(1, 2, 3)) > 0.1).all()
+
+
+EVERYTHING = Augment(crop="pad", randaugment_layers=2, erasing=0.7, mixup=0.4, cutmix=1.0)
+
+
+def test_operations_act_in_their_order_with_their_own_draws():
+    images, own, labels = pixels(32, 16, 24), example_keys(32), jnp.arange(32) % 5
+    found, soft = jax.jit(preprocess.for_training(EVERYTHING, 12, STATISTICS, 5))(own, images, labels)
+
+    @jax.jit
+    def expected(own, images, labels):
+        part, flip = (keys.fold(own, kind) for kind in (keys.CROP, keys.FLIP))
+        images = geometry.random_crops(part, images, 12, "pad", (0.05, 1.0), geometry.flips(flip), padding=4)
+        images = preprocess.scale(randaugment(keys.fold(own, keys.RANDAUGMENT), images, 2, 10.0), STATISTICS)
+        return mix(keys.fold(own, keys.MIX), erase(keys.fold(own, keys.ERASE), images, 0.7), labels, 5, 0.4, 1.0)
+
+    theirs, their_labels = expected(own, images, labels)
+    # Rounding before RandAugment may differ in a pixel between two programs.
+    assert np.mean(np.abs(found - theirs) < 1e-4) > 0.999
+    np.testing.assert_allclose(soft, their_labels, atol=1e-6)
+
+
+def test_augmented_image_depends_on_its_pair_only():
+    images, own, labels = pixels(32), example_keys(32), jnp.arange(32) % 5
+    transform = preprocess.for_training(EVERYTHING, 16, None, 5)
+    expected, soft = jax.jit(transform)(own, images, labels)
+    parallel = jax.pmap(transform)(*(x.reshape(8, 4, *x.shape[1:]) for x in (own, images, labels)))
+    np.testing.assert_allclose(parallel[0].reshape(expected.shape), expected, atol=1e-5)
+    np.testing.assert_allclose(parallel[1].reshape(soft.shape), soft, atol=1e-6)
+
+
+def test_mixing_without_the_number_of_classes_is_an_error():
+    with pytest.raises(ValueError, match="need the number of classes, got num_classes = 0"):
+        preprocess.for_training(Augment(cutmix=1.0), 16)

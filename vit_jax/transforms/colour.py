@@ -1,9 +1,11 @@
 """Changes of colours that RandAugment draws from, on images of whole numbers in [0, 255].
 
 Most of them map each value of a channel on its own: they are tables of 256 values, and an image is looked up once. Rounding
-is that of Pillow: grey values and averages to the nearest number, blends and stretched contrasts down.
+is that of Pillow: grey values and averages to the nearest number, blends and stretched contrasts down. All is computed in whole
+numbers, because the rounding errors of floating-point numbers differ between layouts, and a number may be rounded either way.
 """
 
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -25,20 +27,20 @@ def histograms(images: jax.Array) -> jax.Array:
 
 
 def autocontrast(counts: jax.Array) -> jax.Array:
-    """Tables [..., 256] that stretch the values of histograms [..., 256] linearly to 0 and 255; of one value: the identity."""
+    """Tables [B, 3, 256] that stretch the values of histograms [B, 3, 256] linearly to 0 and 255; one value stays."""
     low = jnp.argmax(counts > 0, axis=-1, keepdims=True)
     high = 255 - jnp.argmax(counts[..., ::-1] > 0, axis=-1, keepdims=True)
-    stretched = (_VALUES - low) * 255 // jnp.maximum(high - low, 1)
-    return jnp.where(high > low, jnp.clip(stretched, 0, 255), _VALUES).astype(jnp.int32)
+    stretched = (_VALUES[None, None] - low) * 255 // jnp.maximum(high - low, 1)
+    return jnp.where(high > low, jnp.clip(stretched, 0, 255), _VALUES[None, None]).astype(jnp.int32)
 
 
 def equalize(counts: jax.Array) -> jax.Array:
-    """Tables [..., 256] that make the values of histograms [..., 256] about equally frequent, as `ImageOps.equalize` does."""
+    """Tables [B, 3, 256] that make the values of histograms [B, 3, 256] about equally frequent, as `ImageOps.equalize` does."""
     high = 255 - jnp.argmax(counts[..., ::-1] > 0, axis=-1, keepdims=True)
     sums = jnp.cumsum(counts, axis=-1)
     step = (sums[..., -1:] - jnp.take_along_axis(counts, high, axis=-1)) // 255  # without the last value that occurs
     spread = (sums - counts + step // 2) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, jnp.clip(spread, 0, 255), _VALUES).astype(jnp.int32)
+    return jnp.where(step > 0, jnp.clip(spread, 0, 255), _VALUES[None, None]).astype(jnp.int32)
 
 
 def invert() -> np.ndarray:
@@ -62,22 +64,26 @@ def solarize_add(addition: int) -> np.ndarray:
     return np.where(_VALUES < 128, np.minimum(_VALUES + addition, 255), _VALUES)
 
 
-def blend(degenerate: Any, images: Any, factor: float, xp: Any = jnp) -> Any:
-    """degenerate + factor · (images - degenerate), rounded down and clipped to [0, 255]: with factor 1 the images."""
-    start = xp.asarray(degenerate, xp.float32)
-    blended = start + np.float32(factor) * (xp.asarray(images, xp.float32) - start)
-    return xp.floor(xp.clip(blended, 0, 255)).astype(xp.int32)
+def blend(degenerate: Any, images: Any, factor: float) -> Any:
+    """degenerate + factor · (images - degenerate), rounded down and clipped to [0, 255]: with factor 1 the images.
+
+    Both are int32 arrays, of JAX or NumPy, as is the result; `factor` is below 100.
+    """
+    whole = Fraction(factor).limit_denominator(1000)
+    return (degenerate + whole.numerator * (images - degenerate) // whole.denominator).clip(0, 255)
 
 
 def brightness(factor: float) -> np.ndarray:
     """The table of a blend with black."""
-    return blend(0, _VALUES, factor, np)
+    return blend(np.zeros_like(_VALUES), _VALUES, factor)
 
 
 def contrast(images: jax.Array, factor: float) -> jax.Array:
     """Tables [B, 1, 256] of a blend with the mean grey value of each image [B, H, W, 3]."""
-    mean = jnp.floor(grey(images).mean(axis=(1, 2)) + 0.5)
-    return blend(mean[:, None, None], jnp.asarray(_VALUES), factor)
+    _, height, width, _ = images.shape
+    total = grey(images).astype(jnp.uint32).sum(axis=(1, 2))  # of 4,096 × 4,096 pixels, it is below 2³²
+    mean = ((total + height * width // 2) // (height * width)).astype(jnp.int32)
+    return blend(mean[:, None, None], _VALUES[None, None], factor)
 
 
 def grey(images: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ What differs from big_vision:
 - Magnitude 0 leaves images as they are. There, it is "actually not nothing": posterizing to 0 bits gives a black image.
 - Translations and cut-outs, which it has in pixels of 224, grow with the size of the image.
 - Contrast blends with the mean grey value. There, a mistake makes it the number of pixels divided by 256.
-- Rounding is that of Pillow (see colour.py), and a draw between two pixels goes to the right and down.
+- Rounding is that of Pillow (see colour.py).
 
 What differs from torchvision's `RandAugment`, which has 14 operations: that has the identity, but no inversion, cut-out or
 addition below a threshold; the effect of its posterizing and solarizing grows with the magnitude, where here it shrinks (at 10
@@ -65,7 +65,8 @@ def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: floa
     """
     if not layers or not magnitude:
         return images
-    images = jnp.rint(images).astype(jnp.int32)
+    # What lies between two numbers becomes the larger one, also if another layout's rounding errors make it a little smaller.
+    images = jnp.floor(images + (0.5 + 2**-10)).astype(jnp.int32)
     for layer in range(layers):
         u = jax.vmap(lambda key: jax.random.uniform(key, (4,)))(fold(keys, layer))
         images = apply(images, below(u[:, 0], len(OPERATIONS)), u[:, 1] < 0.5, u[:, 2:], magnitude)
@@ -117,17 +118,18 @@ def warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
 
     Args:
       images: int32 [B, H, W, 3].
-      matrices: float32 [B, 2, 3]: the pixel in column x and row y of the result comes from column and row M · (x, y, 1).
+      matrices: int32 [B, 2, 3], in units of 2⁻¹⁶, so that no rounding error moves a pixel: what is in column x and row y of the
+        result comes from column and row M · (x, y, 1).
 
     Returns:
       int32 [B, H, W, 3].
     """
     _, height, width, _ = images.shape
-    x, y = jnp.arange(width, dtype=jnp.float32)[None, None], jnp.arange(height, dtype=jnp.float32)[None, :, None]
+    x, y = jnp.arange(width)[None, None], jnp.arange(height)[None, :, None]
 
     def nearest(row: int) -> jax.Array:
         a, b, c = (matrices[:, row, i, None, None] for i in range(3))
-        return jnp.floor(a * x + b * y + c + 0.5).astype(jnp.int32)
+        return (a * x + b * y + c + 2**15) >> 16
 
     column, row = nearest(0), nearest(1)
     known = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -151,7 +153,7 @@ def _tables(magnitude: float) -> np.ndarray:
 
 @functools.cache
 def _matrices(magnitude: float, height: int, width: int) -> np.ndarray:
-    """The affine map of each operation and of its opposite, for `warp`: float32 [operations, 2, 2, 3].
+    """The affine map of each operation and of its opposite, for `warp`: int32 [operations, 2, 2, 3].
 
     Rotations are about the image's centre, shears about its first pixel.
     """
@@ -165,4 +167,4 @@ def _matrices(magnitude: float, height: int, width: int) -> np.ndarray:
         matrices[_NUMBER["shear_y"], negative, 1, 0] = shear
         matrices[_NUMBER["translate_x"], negative, 0, 2] = sign * 10 * magnitude * width / 224
         matrices[_NUMBER["translate_y"], negative, 1, 2] = sign * 10 * magnitude * height / 224
-    return matrices.astype(np.float32)
+    return np.rint(matrices * 2**16).astype(np.int32)

@@ -92,7 +92,8 @@ class Ours:
         model = model.clone(attention=self.attention)
         optimizer = optimizers.build(Optimizer(learning_rate=1e-3), 1_000_000)  # clipping, SGD, momentum in bfloat16
         self.state = state.create(params, optimizer)  # not yet on the devices
-        self.step, self.predict = program.build(model, Augment(), optimizer, self.layout, SEED, work.size)
+        programs = program.build(model, Augment(), optimizer, self.layout, SEED, work.size)
+        self.step, self.predict = programs.train_step, programs.predict
         self.feed = feed.Feed(RandomImages(num_images, model.num_classes), self.layout, sys.maxsize)  # type: ignore[arg-type]
 
     def contestant(self) -> Timed:

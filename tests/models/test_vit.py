@@ -93,7 +93,8 @@ def test_dropout_is_in_the_places_of_the_original():
     original = nn.Dropout.__call__
 
     def spy(self, inputs, *args, **kwargs):
-        seen.append((type(self.parent).__name__, inputs.shape[-1]))
+        if self.rate:  # stochastic depth is off
+            seen.append((type(self.parent).__name__, inputs.shape[-1]))
         return original(self, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,3 +133,44 @@ def test_remat_gives_the_same_gradient_with_less_memory():
 def test_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="attention must be 'xla' or 'cudnn', got 'flash'"):
         make(attention="flash")
+
+
+def branches(depth=4, rate=0.6, count=400, key=0):
+    """Per block and image, how much of an image's residual branches is added in training: attention and MLP, [2, depth, B]."""
+    model, params, _ = make(num_layers=depth, classifier="gap")
+    model = model.clone(stochastic_depth=rate)
+    images = jnp.broadcast_to(jnp.linspace(-1, 1, 32 * 32 * 3).reshape(1, 32, 32, 3), (count, 32, 32, 3))
+    found, inputs = [], []
+
+    def interceptor(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if context.module.name == "stochastic_depth" and context.method_name == "__call__":
+            found.append(np.asarray(y)[:, :, :])
+            inputs.append(np.asarray(args[0]))
+        return y
+
+    with nn.intercept_methods(interceptor):
+        model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(key)})
+    share = [np.median(y / x, axis=(1, 2)) for x, y in zip(inputs, found, strict=True)]
+    for x, y, value in zip(inputs, found, share, strict=True):  # of whole images: all tokens and values alike
+        np.testing.assert_allclose(y, x * value[:, None, None], rtol=1e-5, atol=1e-6)
+    return np.array(share).reshape(depth, 2, count)
+
+
+def test_stochastic_depth_rises_linearly_and_keeps_the_mean():
+    """The share of images that skip a branch, from 0 to the rate; the others are divided by the probability to be kept."""
+    shares = branches()
+    for block, both in enumerate(shares):
+        rate = 0.6 * block / 3
+        for branch in both:
+            assert set(np.round(branch, 4)) == ({1.0} if not block else {0.0, np.round(1 / (1 - rate), 4).astype(np.float32)})
+            assert abs((branch == 0).mean() - rate) < 4 * np.sqrt(0.25 / 400)
+    assert (shares[3, 0] != shares[3, 1]).any() and (shares[3] != shares[2]).any()
+    np.testing.assert_array_equal(shares, branches())
+    assert (shares != branches(key=1)).any()
+
+
+def test_stochastic_depth_is_off_in_evaluation():
+    model, params, images = make()
+    expected = model.apply({"params": params}, images)
+    np.testing.assert_array_equal(model.clone(stochastic_depth=0.9).apply({"params": params}, images), expected)

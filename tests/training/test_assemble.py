@@ -59,3 +59,9 @@ def test_first_messages_name_model_data_and_devices(config, tmp_path, capsys):
     said = capsys.readouterr().err
     order = [said.index(text) for text in ("loading ", "5,610 parameters", "compiling the training step")]
     assert order == sorted(order) and "64 training and 50 test images; 3 steps of 16; 8 CPUs" in said
+
+
+def test_rate_of_a_run_is_scaled_by_its_batch_size(config):
+    config.optimizer.learning_rate, config.optimizer.base_batch_size = 0.1, 64
+    parts = assemble(config, devices.start(config.run))
+    assert parts.rate(config.optimizer.warmup_steps) == pytest.approx(0.025)  # a batch of 16

@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.config import Augment, Config, Optimizer, Run
+from vit_jax.config import Augment, Config, Model, Optimizer, Run
 from vit_jax.errors import ConfigError
 from vit_jax.models.variants import build, shapes
-from vit_jax.training import devices, program, restore, saving
+from vit_jax.training import devices, program, restore, saving, tuning
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.devices import Layout, nbytes
 from vit_jax.training.evaluate import metrics, predictions
 from vit_jax.training.feed import Feed
 from vit_jax.training.saving import Saver
 from vit_jax.training.state import create
+from vit_jax.training.transformations import averaged
+from vit_jax.transforms.keys import LORA, stream
 from vit_jax.transforms.preprocess import for_evaluation
 
 EVERYTHING = 2**30  # a budget that every split fits in
@@ -111,6 +113,41 @@ def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, s
         found, other = losses(*model_and_params, source_of(50), where, microbatches=microbatches, **options)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert_close(where.gather(other.params), jax.device_get(state.params))
+
+
+@pytest.fixture(scope="module")
+def tuned_on_one_device(model_and_params, source_of):
+    return tuned_losses(*model_and_params, source_of(50), layout("mesh", 1))
+
+
+def tuned_losses(model, params, source, where: Layout):
+    """The losses of 8 steps of LoRA with SAM and an average, and the weights that these steps yield."""
+    settings = Model(tune="lora", lora_rank=4)
+    optimizer = optimizers.build(
+        Optimizer(warmup_steps=2, accumulator_dtype="float32", sam_rho=0.05, ema=0.7), 8, tuning.mask(settings)
+    )
+    programs = program.build(model, Augment(), optimizer, where, 0, 8, settings=settings)
+    feed = Feed(source, where, EVERYTHING)
+    state, found = where.put(create(tuning.initial(params, settings, stream(0, LORA)), optimizer)), []
+    batches = feed.train(16, 1, 0, 0)
+    with jax.transfer_guard("disallow"):
+        for _ in range(8):
+            state, measured = programs.train_step(state, next(batches), feed.data)
+            found.append(float(jax.device_get(measured["loss"])))
+        weights = programs.merge(averaged(state.params, state.opt_state))
+    assert nbytes(weights) == nbytes(where.abstract(weights))  # shared as parameters are
+    return np.array(found), where.gather(weights)
+
+
+@pytest.mark.parametrize(("parallel", "count", "mesh"), [("pmap", 8, ""), ("mesh", 8, ""), ("mesh", 8, "data:2,fsdp:4")])
+def test_layouts_give_the_same_adapters_averages_and_second_gradients(
+    model_and_params, source_of, tuned_on_one_device, parallel, count, mesh
+):
+    found, weights = tuned_losses(*model_and_params, source_of(50), layout(parallel, count, mesh))
+    expected, like = tuned_on_one_device
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert_close(weights, like)
+    assert found[-1] != found[0]
 
 
 def test_state_saved_on_a_layout_resumes_on_any_other(model_and_params, source_of, on_one_device, tmp_path):

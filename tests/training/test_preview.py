@@ -2,7 +2,9 @@
 
 import pytest
 
-from vit_jax.training import preview
+from vit_jax.config import Config
+from vit_jax.training import devices, preview
+from vit_jax.training.assemble import assemble
 from vit_jax.training.preview import duration
 
 
@@ -72,3 +74,11 @@ def test_validation_images_are_named_and_counted(config, monkeypatch):
     text = previewed(budget=1)
     assert text[1].endswith("936 validation and 50 test images, training and test on the device, the rest streamed")
     assert " with the validation images (0), the test images (0) and" in text[5]
+
+
+def test_preview_says_what_is_trained_and_that_averages_are_evaluated_too(config):
+    config.model.tune, config.optimizer.ema = "head", 0.9
+    parts = assemble(config, devices.start(config.run))
+    line = preview.describe_shapes(parts.config, parts.model, parts.abstract(), "", parts.layout)[0]
+    assert "170 of 5,610 parameters trained, 10 classes" in line and "170 of 5,610 parameters trained" in parts.describe()
+    assert preview.evaluations_of_a_state(config) == 2 and preview.evaluations_of_a_state(Config()) == 1

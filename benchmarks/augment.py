@@ -71,7 +71,11 @@ def main(argv: list[str]) -> int:
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.augment", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=15, help="calls of each transform; the median is given (15)")
-    print("\n".join(table((32, 224), parser.parse_args(argv).rounds)))
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 224], help="of the images and the result in pixels (32 224)"
+    )
+    options = parser.parse_args(argv)
+    print("\n".join(table(tuple(options.sizes), options.rounds)))
     return 0
 
 

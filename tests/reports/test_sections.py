@@ -133,6 +133,19 @@ def test_training_images_equal_the_inputs_of_the_model(run, monkeypatch):
     np.testing.assert_allclose(pixels, (np.asarray(seen[0])[:12] + 1) / 2, atol=1e-6)
 
 
+def test_training_images_show_what_is_mixed(run, monkeypatch):
+    shown, real = [], figures.training_images
+    monkeypatch.setattr(figures, "training_images", lambda *of: (shown.append(of), real(*of))[1])
+    list(sections.training_figures(read_run(run)))
+    edit(run, augment__mixup=1.0)
+    [found] = sections.training_figures(read_run(run))
+    assert "augment.mixup = 1 mixes each image with its neighbour in the batch" in found.caption
+    (_, plain, names), (_, mixed, same) = shown
+    assert names == same and np.abs(mixed - plain).max() > 0.1
+    for i in range(0, len(plain), 2):  # what an image loses, its neighbour gets
+        np.testing.assert_allclose(mixed[i] + mixed[i + 1], plain[i] + plain[i + 1], atol=1e-5)
+
+
 def test_attention_figures_show_the_evaluation_crop(run, arguments):
     edit(run, augment__eval_crop="center")
     list(sections.attention_figures(read_run(run), sections.AttentionOptions(images=(17, 3))))

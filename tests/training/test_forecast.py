@@ -103,6 +103,14 @@ def test_nearest_number_of_devices_is_suggested(devices, parts, nearest):
         forecast.check_options(config, "h100", devices, "")
 
 
+def test_odd_number_of_mixed_images_on_a_device_is_refused():
+    config = Config()
+    config.augment.mixup = 0.2
+    forecast.check_options(config, "h100", 32, "")
+    with pytest.raises(ConfigError, match="in pairs, which augment.mixup = 0.2 mixes; the nearest number that works is 32$"):
+        forecast.check_options(config, "h100", 64, "")
+
+
 def test_exchanges_of_one_kind_are_counted_together():
     scattered = [hlo.Collective("reduce-scatter", 2**20, ("bf16",), True, kernels, "") for kernels in (3, 0)]
     reduced = hlo.Collective("all-reduce", 4, ("f32",), False, 0, "")

@@ -1,14 +1,13 @@
 """Configurations in files: their JSON, their names, and the files in configs/."""
 
 import ast
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vit_jax.config import Config
+from vit_jax.config import Augment, Config
 from vit_jax.config_files import from_json, read, to_json
 from vit_jax.config_rules import check
 from vit_jax.errors import ConfigError
@@ -125,7 +124,7 @@ def test_cifar100_b16_has_the_settings_of_the_report():
     config = read(str(ROOT / "configs" / "cifar100_b16.py"))
     assert (config.model.dropout, config.model.attention_dropout) == (0.1, 0.0)
     assert (config.data.task, config.data.image_size, config.data.normalization) == ("cifar100", 224, "dataset")
-    assert dataclasses.astuple(config.augment) == ("torchvision", (0.05, 1.0), False, "none")
+    assert config.augment == Augment(crop="torchvision", crop_area=(0.05, 1.0), flip=False)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps, optimizer.decay) == ("sgd", 0.03, 100, "cosine")
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.0, 1.0)

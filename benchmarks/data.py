@@ -27,7 +27,7 @@ from vit_jax.training.feed import Feed
 from vit_jax.training.step import Batch
 
 _SHAPES = {"JPEG, 500×375": [(500, 375)], "JPEG, several sizes": [(500, 375), (375, 500), (640, 480), (333, 500)]}
-_BATCHES = 16  # in a unit of work
+_BATCHES = 32  # in a unit of work: as many as a resident split copies to the devices at once
 
 
 def _photos(folder: Path, shapes: list[tuple[int, int]], number: int) -> list[str]:

@@ -61,6 +61,7 @@ class Layout:
         shape = tuple(sizes.get(axis, 1) for axis in _BATCH)
         self.mesh = jax.make_mesh(shape, _BATCH, axis_types=(AxisType.Auto,) * 2, devices=self.devices)
         self._replicate = jax.jit(lambda leaf: leaf, out_shardings=self._sharding())
+        self._take_apart = jax.jit(_take_apart, out_shardings=self._sharding(None, _BATCH))
 
     def _compiler_options(self, shares: int, deterministic: bool) -> dict[str, Any] | None:
         platform = self.devices[0].platform
@@ -175,6 +176,15 @@ class Layout:
             )
         return jax.device_put(batch, sharding)
 
+    def put_batches(self, batches: list[Any]) -> list[Any]:
+        """Training batches, leaves [microbatches, B], as `put_batch` shares them along B.
+
+        They go to the devices as one array that is taken apart there: a copy of one small array takes as long as of many.
+        """
+        if self._hosts > 1 or self.pmap or len(batches) == 1:
+            return [self.put_batch(batch, axis=1) for batch in batches]
+        return self._take_apart(self.put_batch(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), axis=2))
+
     def all_rows(self, leaf: np.ndarray) -> np.ndarray:
         """The rows of a batch on all hosts, of which the argument has this host's; on the host."""
         return leaf if self._hosts == 1 else self.gather(self.put_batch(leaf))
@@ -250,6 +260,10 @@ class Layout:
             return np.array(jax.device_get(leaf), copy=True)
 
         return jax.tree.map(whole, tree)
+
+
+def _take_apart(tree: Any) -> list[Any]:
+    return [jax.tree.map(lambda leaf: leaf[number], tree) for number in range(jax.tree.leaves(tree)[0].shape[0])]
 
 
 def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

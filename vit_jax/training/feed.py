@@ -13,7 +13,7 @@ from vit_jax.data.sources import Source
 from vit_jax.training.devices import Layout
 from vit_jax.training.step import Batch
 
-_AHEAD = 32  # batches of indices that are copied to the devices at once: one copy takes as long as all of them
+_AHEAD = 32  # batches of indices that are copied to the devices at once
 
 
 class Feed:
@@ -45,17 +45,17 @@ class Feed:
         def own(leaf):
             return leaf.reshape(microbatches, -1)[:, rows].reshape(-1)
 
-        def put(tree):
-            shaped = jax.tree.map(lambda leaf: leaf.reshape(microbatches, len(rows), *leaf.shape[1:]), tree)
-            return self.layout.put_batch(shaped, axis=1)
+        def shaped(leaf):
+            return leaf.reshape(microbatches, len(rows), *leaf.shape[1:])
 
-        example_index = put(own(np.arange(size, dtype=np.int32)))
+        example_index = self.layout.put_batch(shaped(own(np.arange(size, dtype=np.int32))), axis=1)
         batch_at = functools.partial(batches.train_batch, len(self), size, seed)
         found = self._batches(lambda number: own(batch_at(number)), start, None)
         ahead = 1 if self.data is None else _AHEAD
         with contextlib.closing(found):
             while True:
-                for batch in put([batch for batch, _ in itertools.islice(found, ahead)]):
+                block = [jax.tree.map(shaped, batch) for batch, _ in itertools.islice(found, ahead)]
+                for batch in self.layout.put_batches(block):
                     yield batch._replace(example_index=example_index)
 
     def evaluation(self, size: int, start: int = 0) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:

@@ -17,6 +17,7 @@ out_axes None) without a copy.
 import functools
 import logging
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable
@@ -263,7 +264,7 @@ class Layout:
 
 
 def _take_apart(tree: Any) -> list[Any]:
-    return [jax.tree.map(lambda leaf: leaf[number], tree) for number in range(jax.tree.leaves(tree)[0].shape[0])]
+    return [jax.tree.map(operator.itemgetter(number), tree) for number in range(jax.tree.leaves(tree)[0].shape[0])]
 
 
 def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu clean product tools interop engine
+.PHONY: help demo test chaos test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu recipes recipes-gpu clean product tools interop engine
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,12 @@ benchmark: interop  ## speed and memory on this machine's CPU next to timm, for 
 
 benchmark-gpu: engine  ## the same on this machine's GPU, next to timm if it is installed: less than 25 minutes
 	$(SUITE) --suite gpu || failed=1; $(PAGE)
+
+recipes: product  ## the studies of docs/recipes.md that a CPU can do: several hours on 2 cores; they go on if they are ended
+	for study in changes batch-none batch-linear batch-sqrt; do $(RUN) -m benchmarks.recipes $$study; done
+
+recipes-gpu: product  ## those that want a GPU: CIFAR-100 from scratch with three seeds, and single changes at ten times the steps
+	for study in scratch-gpu changes-gpu; do $(RUN) -m benchmarks.recipes $$study; done
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays
 	rm -rf .venv .venv-lowest .venv-newest .venv-gpu-program build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

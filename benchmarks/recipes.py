@@ -1,0 +1,86 @@
+"""The studies behind docs/recipes.md, each a command of `vit_jax ablate`: `python -m benchmarks.recipes NAME [OPTION …]`.
+
+Options are those of `vit_jax ablate`, such as `--dry_run` and `--config run.data_dir=FOLDER`. A study that was ended goes on
+where it was. `--list` prints the commands.
+"""
+
+import shlex
+import sys
+
+from vit_jax import cli
+from vit_jax.studies import ablate
+
+# The report's run from the embedded checkpoint, so that a CPU can repeat it: 32 px are 16 patches of 8.
+_SMALL = "configs/cifar100_b16.py --config model.checkpoint=mini_8 --config data.image_size=32"
+# One change each, with published values; docs/recipes.md has their sources.
+_CHANGES = (
+    "augment.flip=true",
+    "augment.crop_area=(0.3,1.0)",
+    "augment.crop=pad",
+    "model.dropout=0.0",
+    "data.normalization=google",
+    "optimizer.learning_rate=0.01,0.1",
+    "optimizer.name=adamw optimizer.learning_rate=0.0003,0.001",
+    "optimizer.name=muon optimizer.learning_rate=0.001",
+    "optimizer.ema=0.95",
+    "optimizer.layer_decay=0.75",
+    "optimizer.sam_rho=0.05",
+    "augment.mixup=0.2",
+    "augment.cutmix=1.0",
+    "augment.randaugment_layers=2",
+    "augment.erasing=0.25",
+    "training.label_smoothing=0.1",
+    "model.stochastic_depth=0.1",
+    "model.tune=head,attention,lora,ssf",
+)
+_VARIED = " ".join(f"--vary {shlex.quote(change)}" for change in _CHANGES)
+
+
+def _changes(steps: int, seeds: int) -> str:
+    length = (
+        f"--config training.steps={steps} --config optimizer.warmup_steps={steps // 10} --config training.save_every={steps}"
+    )
+    return f"{_SMALL} {length} --held_out 'train[90%:]' --seeds {seeds} {_VARIED}"
+
+
+def _batches(images: int, rule: str) -> str:
+    """Batches of 64 to 2,048 at a constant number of images, each with a tenth of its steps as warm-up."""
+    sizes = [64 * 2**power for power in range(6)]
+    steps = [images // size for size in sizes]
+    fields = {
+        "training.batch_size": sizes,
+        "training.steps": steps,
+        "optimizer.warmup_steps": [max(1, count // 10) for count in steps],
+    }
+    scaled = f" optimizer.base_batch_size=64 optimizer.rate_scaling={rule}" if rule != "none" else ""
+    change = " ".join(f"{name}={','.join(map(str, values))}" for name, values in fields.items()) + scaled
+    start = f"--config training.steps={steps[0]} --config optimizer.warmup_steps={steps[0] // 10}"
+    return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 --vary {shlex.quote(change)}"
+
+
+STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end in -gpu want a GPU
+    "changes": _changes(200, seeds=2),
+    "changes-gpu": _changes(2000, seeds=3),
+    "scratch-gpu": "configs/cifar100_scratch.py --seeds 3",
+    **{f"batch-{rule}": _batches(20_480, rule) for rule in ("none", "linear", "sqrt")},
+}
+
+
+def arguments(name: str) -> list[str]:
+    """The arguments of `vit_jax ablate` for a study, which runs in runs/recipes/NAME."""
+    return [*shlex.split(STUDIES[name]), "--output", f"runs/recipes/{name}"]
+
+
+def main(argv: list[str]) -> int:
+    """Runs a study; returns the exit status."""
+    if argv == ["--list"]:
+        print("\n".join(f"{name}: vit_jax ablate {shlex.join(arguments(name))}" for name in STUDIES))
+        return 0
+    if not argv or argv[0] not in STUDIES:
+        print(f"{(__doc__ or '').strip()}\n\nNAME is one of: {', '.join(STUDIES)}", file=sys.stderr)
+        return 0 if argv in (["--help"], ["-h"]) else 2
+    return ablate.main([*arguments(argv[0]), *argv[1:]], "vit_jax ablate")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(lambda: main(sys.argv[1:])))

@@ -83,28 +83,7 @@ def check(config: Config) -> None:
 
     Checks that need the data set, the checkpoint or the devices are made when those are opened.
     """
-    for section in dataclasses.fields(config):
-        value, kind = getattr(config, section.name), section.type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and type(value) is not kind:
-            raise ConfigError(f"{section.name} must be a vit_jax.config.{kind.__name__}, got {shown(value)}")
-    values = {}
-    for name, (value, kind) in fields(config).items():
-        if not _is_a(value, kind):
-            expected = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
-            raise ConfigError(f"{name} must be of type {expected}, got {shown(value)}")
-        if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{name} must not contain a NUL character, got {shown(value)}")
-        values[name] = value
-    for name, allowed in CHOICES.items():
-        if values[name] not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(values[name])}")
-    for name, (least, most) in _LIMITS.items():
-        if not least <= values[name] <= most:
-            raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {shown(values[name])}")
-    for name in _FRACTIONS:
-        if not 0 <= values[name] < 1:
-            raise ConfigError(f"{name} must be in [0, 1), got {shown(values[name])}")
-
+    _check_values(config)
     smallest, largest = config.augment.crop_area
     if not 0 < smallest <= largest <= 1:
         raise ConfigError(f"augment.crop_area must be 0 < least <= largest <= 1, got {config.augment.crop_area!r}")
@@ -142,6 +121,31 @@ def check(config: Config) -> None:
             f"{mixing} mixes pairs of images: training.batch_size = {config.training.batch_size} in "
             f"training.grad_accum_steps = {config.training.grad_accum_steps} must give an even number in each microbatch"
         )
+
+
+def _check_values(config: Config) -> None:
+    """Raises ConfigError if a value has the wrong type or is out of range."""
+    for section in dataclasses.fields(config):
+        value, kind = getattr(config, section.name), section.type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and type(value) is not kind:
+            raise ConfigError(f"{section.name} must be a vit_jax.config.{kind.__name__}, got {shown(value)}")
+    values = {}
+    for name, (value, kind) in fields(config).items():
+        if not _is_a(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else kind
+            raise ConfigError(f"{name} must be of type {expected}, got {shown(value)}")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{name} must not contain a NUL character, got {shown(value)}")
+        values[name] = value
+    for name, allowed in CHOICES.items():
+        if values[name] not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(values[name])}")
+    for name, (least, most) in _LIMITS.items():
+        if not least <= values[name] <= most:
+            raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {shown(values[name])}")
+    for name in _FRACTIONS:
+        if not 0 <= values[name] < 1:
+            raise ConfigError(f"{name} must be in [0, 1), got {shown(values[name])}")
 
 
 def mixing_fields(augment: Augment) -> str:

@@ -15,7 +15,8 @@ from tests.training.states import same
 from vit_jax import metrics as metrics_file
 from vit_jax.config import Config
 from vit_jax.data.batches import train_batch
-from vit_jax.training import guard, loop
+from vit_jax.training import assemble, guard, loop
+from vit_jax.training.feed import Feed
 from vit_jax.training.guard import Diverged, Guard
 
 
@@ -143,13 +144,16 @@ def test_rollback_skips_the_batches_wherever_the_run_is_ended(config, tmp_path, 
         assert same(resumed.params, expected.params) and lines(workdir) == lines(tmp_path / "whole")
 
 
-def test_rollback_without_a_saved_state_begins_again_and_is_bounded(config, tmp_path, spoilt):
+def test_rollback_without_a_saved_state_begins_again_and_is_bounded(config, tmp_path, spoilt, monkeypatch):
     config.training.on_nan, config.training.save_every = "rollback", 100
     spoilt(range(2, 20))
+    opened = []
+    monkeypatch.setattr(assemble, "Feed", lambda *args: opened.append(args) or Feed(*args))
     with pytest.raises(Diverged, match="train/loss of step 3 is nan"):
         loop.train(config, tmp_path)
     found = metrics_file.read(tmp_path)
     assert [line["step"] for line in found] == [1, 2, 3] and "train/loss of step 3" in found[-1]["diverged"]
+    assert len(opened) == 1  # the training images are read once, not at each attempt
 
 
 def test_watchdog_reports_a_step_that_does_not_finish_once(caplog, capfd):

@@ -171,6 +171,27 @@ def test_signal_ends_an_evaluation_which_the_next_start_makes(uninterrupted, con
     assert loop.train(config, tmp_path).metrics == result.metrics
 
 
+def test_failed_save_after_the_last_evaluation_ends_the_run(uninterrupted, config, tmp_path, monkeypatch):
+    """The state was saved before that evaluation, and stays."""
+    _, result = uninterrupted
+    original = outputs.evaluate
+
+    def interrupt(parts, state, step, saver):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(parts, state, step, saver)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "evaluate", interrupt)
+        assert not loop.train(config, tmp_path).finished
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Saver, "_write_best", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(TrainingError, match="saving step 12 in .* failed .*No space left"):
+            loop.train(config, tmp_path)
+    assert 12 in restore.steps(tmp_path / "checkpoints") and not (tmp_path / "final.npz").exists()
+    assert same(loop.train(config, tmp_path).params, result.params)
+
+
 def test_eval_only_gives_the_metrics_of_the_run(uninterrupted, config, tmp_path):
     workdir, result = uninterrupted
     found = loop.evaluate(config, workdir)

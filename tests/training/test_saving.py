@@ -171,3 +171,28 @@ def test_save_does_not_wait_until_the_state_is_durable(tmp_path, monkeypatch):
         assert began.wait(60) and not restore.steps(tmp_path / "checkpoints")
         may_end.set()
     assert same(restored(tmp_path)[0], state_at(1))
+
+
+def test_state_that_is_replaced_stays_until_the_new_one_is_durable(tmp_path, monkeypatch):
+    """That of an interrupted evaluation, which is saved again when the evaluation is made."""
+    with Saver(tmp_path, {}, Config()) as saver:
+        saver.unfinished = {"train/loss": 2.0}
+        saver.save(state_at(1), last=True)
+    folder = tmp_path / "checkpoints"
+    for ended in (False, True):  # the save fails, or the process ends while it writes
+        with Saver(tmp_path, {}, Config()) as saver:
+            assert same(saver.restore(state_at(0)), state_at(1)) and saver.unfinished == {"train/loss": 2.0}
+            saver.unfinished = None
+            monkeypatch.setattr(saver, "_open", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(TrainingError, match="saving step 1 in .* failed .*No space left.*Earlier states are unchanged"):
+                saver.save(state_at(1), last=True)
+        assert [path.name for path in folder.iterdir()] == ["1"]
+        if ended:
+            (folder / "1").rename(folder / "replaced-1")
+    with Saver(tmp_path, {}, Config()) as saver:
+        saver.restore(state_at(0))
+        saver.unfinished = None
+        saver.save(state_at(1), last=True)
+        assert [path.name for path in folder.iterdir()] == ["1"]
+    with Saver(tmp_path, {}, Config()) as saver:
+        assert same(saver.restore(state_at(0)), state_at(1)) and saver.unfinished is None

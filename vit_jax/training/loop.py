@@ -38,7 +38,7 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     Leaves config.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints/, best.npz, final.npz (each with a
     JSON of the same name) and predictions.npz (logits float32 [N, classes] and labels int32 [N] of the last evaluation).
     A finished run only checks these files, and writes those that are missing or damaged. SIGINT and SIGTERM save and end it.
-    On several hosts, each calls this; host 0 alone uses the working directory (see hosts.py).
+    On several hosts, each calls this; only host 0 uses the working directory (see hosts.py).
 
     Raises:
       ConfigError, CheckpointError, DataError, TrainingError: each a message of one line.
@@ -48,12 +48,12 @@ def train(config: Config, workdir: str | os.PathLike) -> Result:
     # Assembled before anything is written, so that a configuration that cannot run leaves no folder.
     parts = _assemble(workdir, hosts.from_first(lambda: check_workdir(workdir, config)))
     with hosts.on_first(lock_workdir(workdir, parts.config)), Guard(parts.config) as guard:
+        parts = dataclasses.replace(parts, program=parts.program._replace(predict=guard.interruptible(parts.program.predict)))
         return guard.attempt(lambda: _train(parts, workdir, guard))
 
 
 def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
     """Trains from the newest saved state to the last step."""
-    parts = dataclasses.replace(parts, program=parts.program._replace(predict=guard.interruptible(parts.program.predict)))
     settings, layout = parts.config.training, parts.layout
     with Saver(workdir, parts.meta, parts.config, guard.skipped, layout.gather) as saver:
         state = _first_state(parts, saver, workdir)
@@ -64,7 +64,7 @@ def _train(parts: Parts, workdir: Path, guard: Guard) -> Result:
             meter = Meter(parts.rate, settings.batch_size, start, guard.step_finished)
             if saver.unfinished is not None and (line := _evaluate(parts, state, start, saver, saver.unfinished)):
                 log.write(start, line)
-                saver.save(layout.gather(state), log.flush)
+                saver.save(layout.gather(state), log.flush, last=saver.finished(start))
             for step in range(start + 1, start + 1 if saver.finished(start) or guard.interrupted else settings.steps + 1):
                 state, metrics = parts.program.train_step(state, next(batches), parts.train_feed.data)
                 if before := meter.dispatched(step, metrics):

@@ -33,6 +33,7 @@ from vit_jax.training.state import TrainState
 
 _log = logging.getLogger("vit_jax")
 _KEPT = 2  # states
+_REPLACED = "replaced-"  # the name of a state while the one that replaces it is written, before the step
 
 
 @jax.jit
@@ -105,13 +106,15 @@ class Saver:
         like = (abstract, None if record["best"] is None else tuning.model_tree(abstract.params))
         state, self.best_params = hosts.arrays_of_first((found[0].state, found[0].best_params) if found else like)
         self.best, self.unfinished = record["best"], record.get("unfinished")
-        self._replaced = int(state.step) if self.unfinished else None
+        self._replaced = int(state.step) if self.unfinished is not None else None
         if len(there := record.get("skipped", [])) > len(self._skipped):
             self._skipped[:] = there
         return state
 
     def _read(self, abstract: TrainState) -> Saved | None:
         """Reads the newest state, and tidies up around it."""
+        for kept in self._folder.glob(f"{_REPLACED}*"):
+            self._put_back(kept)
         saved = restore.read_newest(self._folder, abstract, self._config)
         if saved is None:
             return None
@@ -194,16 +197,27 @@ class Saver:
             shapes = tuning.model_tree(state.params)
             record = restore.make_record(items, best, self._config, self._meta, shapes, self._skipped, unfinished)
             saved = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items()}
+            kept = self._folder / f"{_REPLACED}{step}"
             try:
                 self._write_best(best, best_params)
                 if step in restore.steps(self._folder):
-                    self._open().delete(step)
+                    self._manager = None  # it would not save this step again
+                    os.replace(self._folder / str(step), kept)
                 self._open().save(step, args=ocp.args.Composite(**saved, record=ocp.args.JsonSave(record)))
             except BaseException:
-                self._manager = None  # it would not save this step again
-                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                self._manager = None  # likewise
+                for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
+            finally:
+                self._put_back(kept)
+
+    def _put_back(self, kept: Path) -> None:
+        """Removes a state that a new one of its step has replaced or, if there is none, gives it its name again."""
+        if (place := self._folder / kept.name.removeprefix(_REPLACED)).is_dir():
+            shutil.rmtree(kept, ignore_errors=True)
+        elif kept.is_dir():
+            os.replace(kept, place)
 
     @contextlib.contextmanager
     def _reporting(self, last: bool, step: int | None = None) -> Iterator[None]:

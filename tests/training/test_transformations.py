@@ -83,7 +83,7 @@ def test_rates_by_depth_follow_beit():
 
 
 def test_rates_by_depth_scale_the_whole_update_of_adamw():
-    """Its decay included, as with a learning rate of its own for each layer."""
+    """Its decay included, as if each layer had its own learning rate."""
     _, params, _ = make()
     settings = dict(name="adamw", learning_rate=0.1, weight_decay=0.3, clip_norm=0.0, accumulator_dtype="float32")
     plain, decayed = (optimizers.build(Optimizer(**settings, layer_decay=decay), 10**9) for decay in (1.0, 0.5))
@@ -114,6 +114,12 @@ def test_sam_takes_the_gradient_up_the_slope():
     )
     gradient = matrix @ params
     np.testing.assert_allclose(found["p"], matrix @ (params + 0.3 * gradient / np.linalg.norm(gradient)), rtol=1e-5)
+
+
+def test_sam_keeps_the_first_gradient_if_the_second_is_not_finite():
+    first, ours = {"p": jnp.array([3.0, 4.0])}, sam(0.3)
+    found, _ = ours.update(first, ours.init(None), first, gradient_at=lambda tree: {"p": tree["p"] * jnp.nan})
+    np.testing.assert_array_equal(found["p"], first["p"])
 
 
 def test_sam_of_a_flat_loss_is_finite():

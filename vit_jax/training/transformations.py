@@ -18,11 +18,14 @@ def sam(rho: float) -> optax.GradientTransformationExtraArgs:
     Sharpness-Aware Minimization (Foret et al. 2021, equations 2 and 3). The norm has 1e-12 added, as in the authors' code.
     `update` takes the argument `gradient_at` of `step.train_step`, whose gradient is of the whole batch: all devices and
     microbatches move to the same parameters, while the paper's implementation lets each device move by its own gradient.
+    Where the second gradient is not finite, the first one is used: a step whose metrics are finite leaves finite parameters.
     """
 
     def update(gradients: Any, state: Any, params: Any, *, gradient_at: Callable[[Any], Any], **_: Any) -> tuple[Any, Any]:
         scale = rho / (optax.tree.norm(gradients) + 1e-12)
-        return gradient_at(jax.tree.map(lambda leaf, gradient: leaf + scale * gradient, params, gradients)), state
+        others = gradient_at(jax.tree.map(lambda leaf, gradient: leaf + scale * gradient, params, gradients))
+        finite = jnp.isfinite(optax.tree.norm(others))
+        return jax.tree.map(lambda first, second: jnp.where(finite, second, first), gradients, others), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -131,6 +131,19 @@ def test_trust_ratio_and_decay_are_of_kernels_only(name):
     np.testing.assert_allclose(ours["a/bias"], trajectory(reference, params)["a/bias"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_new_head_is_trained_without_a_trust_ratio(name):
+    """Its kernel is zero, and with the ratio its norm could grow only by the factor 1 + rate a step."""
+    params = {module: {"kernel": jnp.zeros((3, 2))} for module in ("head", "a")}
+    optimizer = optimizers.build(Optimizer(name=name, learning_rate=0.01, warmup_steps=5, clip_norm=0.0), 50)
+    state, gradient = optimizer.init(params), {module: {"kernel": jnp.ones((3, 2))} for module in params}
+    for _ in range(50):
+        updates, state = optimizer.update(gradient, state, params, gradient_at=None)
+        params = optax.apply_updates(params, updates)
+    head, other = (float(jnp.abs(params[module]["kernel"]).max()) for module in ("head", "a"))
+    assert head > 0.1 and other < head / 10
+
+
 BLOCK = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1"
 MUON = {
     f"{BLOCK}/query/kernel": (6, 2, 3),

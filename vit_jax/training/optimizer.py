@@ -70,6 +70,14 @@ def _kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def _trusted(params: Any) -> Any:
+    """The kernels whose updates get a trust ratio: all but the head's.
+
+    A new head is zero, and its ratio would hold it there: its norm could grow only by the factor 1 + rate a step.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel" and path[0].key != "head", params)
+
+
 def _muon_dimensions(params: Any) -> Any:
     """The matrix that Muon sees in each kernel of a block, [inputs, outputs]; None at leaves that Adam updates.
 
@@ -104,7 +112,7 @@ def build(
     | lars | L2 decay, trust ratio, rate, momentum (You et al. 2017) |
     | muon | momentum made orthogonal, for the kernels of the blocks, Adam for the rest, decay; optax.contrib.muon |
 
-    Decay and trust ratio are of kernels only.
+    Decay is of kernels only, and so is the trust ratio, but for the head's. SAM comes before all of it.
 
     Args:
       config: with the rate of the run's batch size, see `scaled`.
@@ -116,8 +124,8 @@ def build(
     decay = [optax.add_decayed_weights(config.weight_decay, _kernels)] if config.weight_decay else []
     trace = optax.trace(config.momentum, accumulator_dtype=mu_dtype)
     adam = functools.partial(optax.scale_by_adam, config.momentum, config.b2, mu_dtype=mu_dtype)
-    trust = optax.masked(optax.scale_by_trust_ratio(), _kernels)
-    lars_trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=_LARS_TRUST), _kernels)
+    trust = optax.masked(optax.scale_by_trust_ratio(), _trusted)
+    lars_trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=_LARS_TRUST), _trusted)
     muon = optax.contrib.muon(
         -1.0,  # which leaves the sign and the rate to `rate`
         beta=config.momentum,

@@ -78,3 +78,19 @@ def test_metric_that_is_not_finite_is_an_error(clock):
     dispatch(of, 1, loss=float("inf"))
     with pytest.raises(Diverged, match="train/loss of step 1 is inf"):
         of.read()
+
+
+def test_speed_is_never_negative(clock, monkeypatch):
+    """Also if the step before ends only while its metrics are read, and this one is ready by then."""
+    of = meter.Meter(float, batch_size=64, start=0)
+    dispatch(of, 1)
+    dispatch(of, 2)
+    read = meter.jax.device_get
+
+    def slowly(tree):
+        clock[0] += 1
+        return read(tree)
+
+    monkeypatch.setattr(meter.jax, "device_get", slowly)
+    speeds = [dispatch(of, step, ready=step == 3)[1].get("train/images_per_second") for step in (3, 4, 5)]
+    assert speeds == [64.0, 64.0, 64.0]

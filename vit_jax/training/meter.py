@@ -46,6 +46,8 @@ class Meter:
         # A CPU's dispatch computes the step: then its end is now, and not when its metrics are read.
         ended = time.perf_counter() if metrics["loss"].is_ready() else None
         before = None if self._metrics is None else (self._step, self.read())
+        if ended is not None and ended < self._began:  # the end of the step before was measured later than this
+            ended = None
         self._step, self._metrics, self._ended = step, metrics, ended
         return before
 
@@ -56,6 +58,6 @@ class Meter:
         self._check(self._step, line)
         ended = time.perf_counter() if self._ended is None else self._ended
         seconds, self._began, self._metrics = ended - self._began, ended, None
-        if self._step > self._first:
+        if self._step > self._first and seconds > 0:
             line["train/images_per_second"] = self._batch_size / seconds
         return line

@@ -2,7 +2,7 @@
 
     python main.py --config configs/cifar100_scratch.py
 
-300 epochs of 512 images at 32 px, 64 patches of 4 pixels an image. Without pre-training, a ViT has to learn from the
+200 epochs of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from the
 augmentations that images may be moved, cut and mixed. Mixup, CutMix, erasing, label smoothing, stochastic depth and weight
 decay have the values of DeiT (Touvron et al. 2021), RandAugment those of AugReg's "medium" (Steiner et al. 2021).
 
@@ -31,7 +31,7 @@ def get_config() -> Config:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 1000
     config.optimizer.weight_decay = 0.05
-    config.training.epochs = 300
+    config.training.epochs = 200
     config.training.batch_size = 512
     config.training.label_smoothing = 0.1
     config.training.eval_every = 5000

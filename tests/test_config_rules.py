@@ -70,6 +70,7 @@ def put(config, name, value):
         ("augment.erasing", 1.01, "augment.erasing must be from 0 to 1, got 1.01"),
         ("augment.erasing", -0.1, "augment.erasing must be from 0 to 1, got -0.1"),
         ("augment.mixup", -0.2, "augment.mixup must be from 0 to 100, got -0.2"),
+        ("augment.cutmix", 1e-5, r"augment.cutmix must be 0 \(off\) or at least 0.001, got 1e-05"),
         ("augment.cutmix", -1.0, "augment.cutmix must be from 0 to 100, got -1.0"),
         ("training.label_smoothing", 1.0, r"training.label_smoothing must be in \[0, 1\), got 1.0"),
         ("optimizer.name", "adam", "optimizer.name must be one of 'sgd', 'adamw'"),

@@ -25,7 +25,9 @@ class Model:
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
     stochastic_depth: float = 0.0  # share of the images that skip each branch of the last block; 0 at the first; in [0, 1)
-    tune: str = "all"  # what is trained: everything, a part of it with the head, or adapters with the head: "lora", "ssf"
+    tune: str = (
+        "all"  # trained is "all" or "head"; or the head with "attention", "lora", "ssf"; "frozen_embedding": all but that
+    )
     lora_rank: int = 8  # of the two factors that LoRA adds to the query and value kernels; at most the model's width
     lora_alpha: float = 0.0  # their product is multiplied by alpha / rank; 0: alpha is the rank
     dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
@@ -77,7 +79,7 @@ class Optimizer:
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: not clipped
     accumulator_dtype: str = "bfloat16"  # type in which the momentum is stored
     layer_decay: float = 1.0  # the rate is multiplied by this once more for each block further from the head; in (0, 1]
-    sam_rho: float = 0.0  # SAM: the gradient is taken this far (in global norm) up the slope; 0: no SAM, which doubles the work
+    sam_rho: float = 0.0  # SAM, twice the work: the gradient is taken this far (in global norm) up the slope; 0: off
     ema: float = 0.0  # decay of the average of the parameters, which the run then yields; in [0, 1); 0: no average
 
 

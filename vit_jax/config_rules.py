@@ -56,6 +56,7 @@ _LIMITS: dict[str, tuple[float, float]] = {  # smallest and largest value
     "model.lora_alpha": (0, 1e6),
     "seed": (0, 2**32 - 1),  # what a JAX key is made from
 }
+_LEAST_ALPHA = 1e-3  # of the beta distribution; its draws in float32 are not finite for much smaller ones
 _FRACTIONS = (
     "model.dropout",
     "model.attention_dropout",
@@ -116,6 +117,9 @@ def check(config: Config) -> None:
             f"training.batch_size = {config.training.batch_size} does not divide into "
             f"training.grad_accum_steps = {config.training.grad_accum_steps} microbatches"
         )
+    for name, value in (("augment.mixup", config.augment.mixup), ("augment.cutmix", config.augment.cutmix)):
+        if 0 < value < _LEAST_ALPHA:
+            raise ConfigError(f"{name} must be 0 (off) or at least {_LEAST_ALPHA:g}, got {value:g}")
     if (mixing := mixing_fields(config.augment)) and config.training.batch_size // config.training.grad_accum_steps % 2:
         raise ConfigError(
             f"{mixing} mixes pairs of images: training.batch_size = {config.training.batch_size} in "

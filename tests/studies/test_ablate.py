@@ -97,8 +97,8 @@ def test_table_names_the_split_of_its_figures(source):
     assert "accuracy on test of cifar100_excerpt, the test images" in plan(source, "augment.flip=false").measured
     found = plan(source, "augment.flip=false", config=["data.validation_split=own"])
     assert "accuracy on train[90%:] of" in found.measured and found.metrics == ("validation/accuracy",)
-    found = plan(source, "augment.flip=false", held_out="train[90%:]", metric="ema_accuracy,accuracy")
-    assert "no test image is read" in found.measured and found.metrics == ("test/ema_accuracy", "test/accuracy")
+    found = plan(source, "augment.flip=false", held_out="train[90%:]", metric="raw_accuracy,accuracy")
+    assert "no test image is read" in found.measured and found.metrics == ("test/raw_accuracy", "test/accuracy")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def study(config, tmp_path):
             changed = copy.deepcopy(config)
             changed.seed, changed.optimizer.learning_rate = seed, rate
             cells[name][seed] = Cell(f"{name}/seed{seed}", changed)
-    return ablation.Study(tmp_path, cells, ("test/ema_accuracy", "test/accuracy"), "accuracy on test", "the command")
+    return ablation.Study(tmp_path, cells, ("test/raw_accuracy", "test/accuracy"), "accuracy on test", "the command")
 
 
 def finish(study, name, seed, **metrics):
@@ -38,7 +38,7 @@ def finish(study, name, seed, **metrics):
 def test_table_has_means_paired_differences_and_what_is_missing(study):
     for seed, base, slow in ((0, 0.70, 0.72), (1, 0.74, 0.75)):
         finish(study, "base", seed, **{"test/accuracy": base})
-        finish(study, "slow", seed, **{"test/accuracy": 0.1, "test/ema_accuracy": slow})
+        finish(study, "slow", seed, **{"test/accuracy": 0.1, "test/raw_accuracy": slow})
     finish(study, "fast", 0, **{"test/accuracy": 0.9})
     text = ablation.write(study)
     base, slow, fast = text.splitlines()[-3:]

@@ -1,4 +1,4 @@
-"""A small run in processes of its own, and its folder compared with another one."""
+"""A small run in other processes, and its folder compared with another one."""
 
 import collections
 import ctypes

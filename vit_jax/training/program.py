@@ -18,7 +18,7 @@ class Program(NamedTuple):
 
     train_step: Any  # (state, batch, data) → (state, metrics); the state given is used up
     predict: Any  # (params, batch, data) → logits float32 [B, classes]
-    merge: Any  # parameters of a state → the model's, of which those without adapters are the same arrays
+    merge: Any  # parameters of a state → the model's; without adapters the same arrays, with them a copy of the whole model
 
 
 def build(

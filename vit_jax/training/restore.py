@@ -142,7 +142,7 @@ def shapes_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def orbax_processes() -> Any:
-    """Orbax's options for which processes use it: on several hosts, host 0 alone.
+    """Orbax's options for which processes use it: on several hosts, only host 0.
 
     It reads and writes whole arrays, because their SHA-256 is of the whole. So a state does not depend on the hosts either.
     """

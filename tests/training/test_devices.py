@@ -101,6 +101,7 @@ def test_layouts_give_the_same_losses_and_parameters(
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
 
 
+@pytest.mark.slow  # RandAugment is compiled six times
 def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of):
     everything = Augment(crop="pad", randaugment_layers=2, erasing=0.5, mixup=0.4, cutmix=1.0)
     options = dict(steps=4, augment=everything, smoothing=0.1)

@@ -193,6 +193,7 @@ def tuned(config: Config, tune: str) -> Config:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "ssf", "attention"])
 def test_tuned_run_resumes_exactly(config, tmp_path, monkeypatch, tune):
     """Ended after the state of step 5, it leaves the arrays and numbers of the run that was not."""

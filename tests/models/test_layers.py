@@ -33,7 +33,7 @@ def test_attention_is_that_of_linen(dropout):
     """Also the weights that it returns and those that it drops."""
     common = dict(broadcast_dropout=False, deterministic=not dropout, kernel_init=nn.initializers.xavier_uniform())
     linen = nn.MultiHeadDotProductAttention(4, dropout_rate=dropout, force_fp32_for_softmax=True, name="attention", **common)
-    fields = layers.BlockFields(4, 64, 0.0, dropout, jnp.float32, "linen", X.shape[1])
+    fields = layers.BlockFields(4, 64, 0.0, dropout, 0.0, jnp.float32, "linen", X.shape[1])
     ours = layers.SelfAttention(fields, name="attention")
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     params = {"params": linen.init(keys, X)["params"]}

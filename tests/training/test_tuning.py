@@ -189,6 +189,9 @@ def tuned(config: Config, tune: str) -> Config:
         model=dataclasses.replace(config.model, tune=tune, lora_rank=4, dropout=0.1),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5, ema=0.7, sam_rho=0.05),
     )
+    if tune == "attention":
+        muon = dict(name="muon", learning_rate=0.05, layer_decay=0.75, weight_decay=0.1)
+        config.optimizer = dataclasses.replace(config.optimizer, **muon)
     config.data.validation_split = "train[64:96]"
     return config
 

@@ -141,6 +141,7 @@ def test_configuration_name_that_is_unknown_shows_all_names(capsys):
     assert entry.main(["train", "--config", "cifar10_b16"]) == 2
     assert capsys.readouterr().err == (
         "error: configuration 'cifar10_b16': there is no such file or name; names are augreg, cifar100_b16, cifar100_nano, "
+        "cifar100_scratch, "
         "demo, finetune; the nearest is cifar100_b16\n"
     )
 

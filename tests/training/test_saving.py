@@ -87,7 +87,7 @@ def test_full_disk_costs_only_the_states_of_its_time(tmp_path, limit):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     error, full, free = done.stdout.splitlines()
     assert error.startswith(f"error: saving step 5 in {tmp_path} failed (") and "when the cause is removed" in error
-    assert (full, free) == ("['1', '2']", "['2', '6']")
+    assert (full, free) == ("['1', '2']", "['2', '6']"), done.stderr
     for step in (3, 4):
         assert f"saving step {step} in {tmp_path} failed (File too large" in done.stderr and "the run goes on" in done.stderr
     assert same(restored(tmp_path)[0], state_at(6))

@@ -22,6 +22,7 @@ from vit_jax.training import loop, restore, tuning
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training.state import create
 from vit_jax.training.step import Batch, train_step
+from vit_jax.training.target import Target
 from vit_jax.transforms.keys import LORA, stream
 
 ATTENTION = "MultiHeadDotProductAttention_1"
@@ -246,10 +247,18 @@ def test_rank_above_the_width_is_refused_before_training(config, tmp_path, capsy
     with pytest.raises(ConfigError, match=r"^model.lora_rank = 17 is above 16, the width of model.checkpoint = '.*tiny.npz'$"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="^model.lora_rank = 17 is above 16"):
+        Target(config, jax.devices("cpu")[:1])
     config.model.lora_rank = 16
     config.training.steps = 3
     loop.train(config, tmp_path / "run")
     assert "parameters trained at 16 px" in capsys.readouterr().err
+
+
+def test_rank_above_the_width_is_refused_before_a_checkpoint_is_downloaded(config, tmp_path):
+    config.model.tune, config.model.checkpoint, config.model.lora_rank = "lora", "B_16", 769
+    with pytest.raises(ConfigError, match="^model.lora_rank = 769 is above 768, the width of model.checkpoint = 'B_16'$"):
+        loop.train(config, tmp_path / "run")
 
 
 def test_merging_leaves_a_tree_without_adapters_as_it_is():

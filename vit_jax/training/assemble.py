@@ -12,8 +12,8 @@ import optax
 
 from vit_jax import runtime
 from vit_jax.checkpoints.download import find
-from vit_jax.checkpoints.load import as_checkpoint_error, load, meta_of, model_of_file
-from vit_jax.config import AUTO, Config, Optimizer
+from vit_jax.checkpoints.load import architecture, as_checkpoint_error, load, meta_of, model_of_file
+from vit_jax.config import AUTO, Config, Model, Optimizer
 from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.sources import Source
@@ -112,6 +112,8 @@ def assemble(config: Config, layout: Layout, saved: Mapping[str, Any] | None = N
       layout: of its devices.
       saved: the record of a saved state; the model is then the state's, and the checkpoint is not read.
     """
+    if not saved:
+        _check_rank(config.model)
     row, data = task(config.data.task), config.data
     sources = splits.open_splits(row, data, config.run.data_dir)
     config = with_steps(config, len(sources.train))
@@ -148,7 +150,6 @@ def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> 
     settings, row = config.model, task(config.data.task)
     model = model.clone(dropout=settings.dropout, attention_dropout=settings.attention_dropout, attention=settings.attention)
     model = model.clone(stochastic_depth=settings.stochastic_depth, dtype=jnp.dtype(settings.dtype), remat=config.run.remat)
-    tuning.check(settings, model)
     if config.data.normalization == "dataset" and not row.mean:
         raise ConfigError(f"data.normalization = 'dataset': the statistics of {row.name} are not known; use 'google'")
     statistics = (row.mean, row.std) if config.data.normalization == "dataset" else GOOGLE_NORMALIZATION
@@ -156,6 +157,17 @@ def build_programs(config: Config, model: VisionTransformer, layout: Layout) -> 
     size, smoothing = config.data.image_size, config.training.label_smoothing
     programs = program.build(model, config.augment, optimizer, layout, config.seed, size, statistics, smoothing, settings)
     return model, optimizer, statistics, programs
+
+
+def _check_rank(settings: Model) -> None:
+    """Raises ConfigError if LoRA's rank is above the width of the model, before anything is downloaded or read."""
+    if settings.tune != "lora":
+        return
+    try:
+        model = architecture(settings.checkpoint)[0] if settings.checkpoint else build(settings.variant)
+    except ValueError:  # an unknown name or a damaged file, which is reported where the model is loaded
+        return
+    tuning.check(settings, model)
 
 
 def _optimizer_settings(config: Config) -> Optimizer:

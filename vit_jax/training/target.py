@@ -31,7 +31,7 @@ from vit_jax.training.cards import CUDNN, Card
 from vit_jax.training.devices import Layout
 from vit_jax.training.state import TrainState, create
 from vit_jax.training.step import Batch
-from vit_jax.training.tuning import initial, model_tree
+from vit_jax.training.tuning import check, initial, model_tree
 from vit_jax.transforms.keys import LORA, stream
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -155,6 +155,7 @@ class Target:
         config = with_steps(config, self.images["training"])
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=0.0))  # for other batch sizes
         self.row, model = row, _base_model(config, row)
+        check(config.model, model)
         self.config = dataclasses.replace(config, model=resolve_auto(config.model, model))
         self.model, self.optimizer, _, self.programs = build_programs(self.config, model, self.layout)
         self.data = {kind: self._data(number) for kind, number in self.images.items()}  # on the devices; None if streamed

@@ -3,6 +3,7 @@
 import pytest
 
 from vit_jax.config import Config
+from vit_jax.models.variants import flops
 from vit_jax.training import devices, preview
 from vit_jax.training.assemble import assemble
 from vit_jax.training.preview import duration
@@ -81,4 +82,8 @@ def test_preview_says_what_is_trained_and_that_averages_are_evaluated_too(config
     parts = assemble(config, devices.start(config.run))
     line = preview.describe_shapes(parts.config, parts.model, parts.abstract(), "", parts.layout)[0]
     assert "170 of 5,610 parameters trained, 10 classes" in line and "170 of 5,610 parameters trained" in parts.describe()
+    once = flops(parts.model, config.data.image_size)
+    assert preview.training_flops(config, parts.model) == once  # no backward pass goes through the blocks
+    config.model.tune, config.optimizer.sam_rho = "all", 0.05
+    assert preview.training_flops(config, parts.model) == 6 * once
     assert preview.evaluations_of_a_state(config) == 2 and preview.evaluations_of_a_state(Config()) == 1

@@ -9,10 +9,11 @@ from vit_jax.checkpoints.load import architecture
 from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.tasks import task
-from vit_jax.models.variants import build, flops
+from vit_jax.models.variants import build
 from vit_jax.reports.runs import read_run
 from vit_jax.studies import paired, tables
 from vit_jax.studies.grid import Cell, result
+from vit_jax.training.preview import training_flops
 
 BASE = "base"
 
@@ -61,7 +62,7 @@ def describe(study: Study) -> Iterator[str]:
         else:
             model = build(config.model.variant, num_classes=classes)
         images = len(left) * config.training.steps * config.training.batch_size
-        cost = 3 * images * flops(model, config.data.image_size)
+        cost = images * training_flops(config, model)
         total, number = total + cost, number + len(left)
         finished = f" ({len(row) - len(left)} finished)" if len(left) < len(row) else ""
         yield f"{name:{width}}  {len(left)} runs{finished}, {images:,} training images, {cost / 1e15:,.3g} PFLOP"

@@ -138,8 +138,8 @@ def describe(searches: dict[tuple[str, str], list["Cell"]], folder: Path) -> Ite
     """The cells of a sweep that are not finished in its folder, and what they cost, as lines."""
     from vit_jax.checkpoints.load import architecture
     from vit_jax.data.tasks import task
-    from vit_jax.models.variants import flops
     from vit_jax.studies.grid import result
+    from vit_jax.training.preview import training_flops
 
     total, number = 0.0, 0
     for (model, name), every in searches.items():
@@ -149,7 +149,7 @@ def describe(searches: dict[tuple[str, str], list["Cell"]], folder: Path) -> Ite
         largest = max(one.config.training.steps for one in every)
         images = sum(one.config.training.steps * one.config.training.batch_size for one in cells)
         images += largest * every[0].config.training.batch_size  # of the last training, at most
-        cost = 3 * images * flops(known, every[0].config.data.image_size)
+        cost = images * training_flops(every[0].config, known)
         total += cost
         finished = f" ({len(every) - len(cells)} finished)" if cells != every else ""
         runs = f"{len(cells)} + 1 runs{finished}, at most {images:,} training images, {cost / 1e15:,.1f} PFLOP"

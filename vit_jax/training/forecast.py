@@ -15,7 +15,6 @@ from vit_jax.data.splits import names
 from vit_jax.data.tasks import task
 from vit_jax.errors import ConfigError, printable, reason
 from vit_jax.files import expand_user, whole_file
-from vit_jax.models.variants import flops
 from vit_jax.training import capacity, hlo, target
 from vit_jax.training.cards import Card, card
 from vit_jax.training.devices import nbytes
@@ -26,6 +25,7 @@ from vit_jax.training.preview import (
     evaluated,
     evaluation_time,
     evaluations_of_a_state,
+    training_flops,
     without_download,
 )
 from vit_jax.training.target import Plan, Target
@@ -190,7 +190,7 @@ def _program_lines(run: Target, chosen: Card, step: Plan, predict: Plan) -> list
         kinds[kernel.kind] += kernel.times
     exchange = _exchange(hlo.collectives(step.module))
     products = sum(kernel.times * kernel.flops for kernel in kernels)
-    model = 3 * settings.batch_size / count * flops(run.model, run.config.data.image_size)
+    model = settings.batch_size / count * training_flops(run.config, run.model)
     seconds = sum(kernel.seconds(chosen) for kernel in kernels)
     once, evaluations = sum(kernel.seconds(chosen) for kernel in predict.kernels), -(-settings.steps // settings.eval_every)
     once *= evaluations_of_a_state(run.config)

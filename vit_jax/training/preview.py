@@ -14,6 +14,7 @@ from vit_jax.checkpoints.download import local
 from vit_jax.config import AUTO, Config
 from vit_jax.config_rules import check, mixing_fields
 from vit_jax.errors import CheckpointError
+from vit_jax.models.variants import flops
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import devices, tuning
 from vit_jax.training.assemble import Parts, assemble
@@ -107,6 +108,16 @@ def _measure(config: Config, parts: Parts) -> tuple[Any, float, dict[str, float]
 def evaluations_of_a_state(config: Config) -> int:
     """How many parameters an evaluation measures: those that a state yields and, if these are averaged, the raw ones."""
     return 2 if config.optimizer.ema else 1
+
+
+def training_flops(config: Config, model: VisionTransformer) -> int:
+    """Floating-point operations of the products for one training image, counted as by `variants.flops`, at most.
+
+    The backward pass computes two products for each of the forward pass. It ends at the head if only that is trained. SAM
+    computes both passes twice.
+    """
+    passes = 1 if config.model.tune == "head" else 3
+    return passes * (2 if config.optimizer.sam_rho else 1) * flops(model, config.data.image_size)
 
 
 def evaluated(splits: dict[str, _Split]) -> dict[str, _Split]:

@@ -28,15 +28,15 @@ test-full: tools  ## all tests, optimised, with samples in full size: damaged fi
 
 LOWEST := .venv-lowest/bin/python
 # What depends most on the numbers that compiled programs give, once in CI: optimised, with the newest versions.
-NUMBERS := tests/models tests/transforms tests/training/test_step.py tests/formats/test_oracles.py tests/test_runs.py
+NUMBERS := tests/models tests/transforms tests/training/test_step.py tests/training/test_bfloat16.py tests/formats/test_oracles.py tests/test_runs.py
 test-lowest: .venv-lowest/.tools  ## all tests but those of numbers with the lowest versions of the requirements, on Python 3.11
 	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-test-newest: .venv-newest/.tools  ## `make test` and all tests of numbers with the newest versions, on Python 3.13 (else 3.12)
+test-newest: .venv-newest/.tools  ## all tests of numbers, and the first case of each other quick test, with the newest versions, on Python 3.13 (else 3.12)
 	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) $(NUMBERS) \
-		&& $(NEWEST) $(PYTEST) -m "not slow" $(addprefix --ignore=,$(NUMBERS)); \
+		&& $(NEWEST) $(PYTEST) -m "not slow" --first-cases $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more

@@ -37,6 +37,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="run only the first case of each parametrized test")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-cases"):
+        first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in first])
+        items[:] = [item for item in items if item in first]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of oracles and real data, which is not part of the package; tests that need it are skipped without it."""

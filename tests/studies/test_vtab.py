@@ -187,7 +187,7 @@ def test_killed_sweep_ends_with_the_table_of_one_never_killed(models, tmp_path):
         ]
 
     draw = np.random.default_rng(count)
-    for number in (signal.SIGKILL, signal.SIGTERM):  # in a later cell each time
+    for number in (signal.SIGKILL, signal.SIGTERM)[-count:]:  # in a later cell each time
         with subprocess.Popen(
             command("killed"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         ) as process:

@@ -101,15 +101,14 @@ def test_layouts_give_the_same_losses_and_parameters(
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
 
 
-@pytest.mark.slow  # RandAugment is compiled six times
+@pytest.mark.slow  # RandAugment is compiled three times
 def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of):
     everything = Augment(crop="pad", randaugment_layers=2, erasing=0.5, mixup=0.4, cutmix=1.0)
     options = dict(steps=4, augment=everything, smoothing=0.1)
     expected, state = losses(*model_and_params, source_of(50), layout("mesh", 1), **options)
     plain, _ = losses(*model_and_params, source_of(50), layout("mesh", 1), **options | {"augment": Augment()})
     assert np.abs(expected - plain).min() > 1e-3
-    for parallel, count, mesh, microbatches in (("mesh", 1, "", 2), ("pmap", 2, "", 1), ("pmap", 2, "", 2), ("mesh", 8, "", 1),
-                                                ("mesh", 4, "data:2,fsdp:2", 2)):  # fmt: skip
+    for parallel, count, mesh, microbatches in (("pmap", 2, "", 2), ("mesh", 4, "data:2,fsdp:2", 1)):
         where = layout(parallel, count, mesh)
         found, other = losses(*model_and_params, source_of(50), where, microbatches=microbatches, **options)
         np.testing.assert_allclose(found, expected, rtol=1e-5)

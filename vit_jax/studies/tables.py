@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,17 +44,19 @@ def differences(rows: Mapping[str, Summary], title: str) -> Figure:
       title: of the figure.
     """
     (_, base), *changes = rows.items()
-    figure = Figure((WIDTH, 0.9 + 0.26 * max(len(changes), 2)), layout="constrained")
+    names = ["\n".join(shorten(word, 2.6, 7.5) for word in printable(name).split(" ")[:3]) for name, _ in changes]
+    edges = [0.0, *itertools.accumulate(0.45 + 0.55 * len(name.splitlines()) for name in names)]
+    centers = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    figure = Figure((WIDTH, 0.9 + 0.26 * max(edges[-1], 2)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color=GREY, linewidth=0.8)
-    for y, (_, row) in enumerate(changes):
+    for y, (_, row) in zip(centers, changes, strict=True):
         each = [row.scores[seed] - base.scores[seed] for seed in row.scores if seed in base.scores]
         axis.plot(each, [y] * len(each), "o", color=COLOURS[5], markersize=3, alpha=0.8, linewidth=0)
         if row.difference is not None:
             axis.errorbar(row.difference, y, xerr=row.margin, fmt="o", color=COLOURS[0], markersize=4.5, capsize=2.5)
-    names = ["\n".join(shorten(word, 2.6, 7.5) for word in printable(name).split(" ")[:3]) for name, _ in changes]
-    axis.set_yticks(range(len(changes)), names, fontsize=7.5)
-    axis.set_ylim(len(changes) - 0.5, -0.5)
+    axis.set_yticks(centers, names, fontsize=7.5)
+    axis.set_ylim(max(edges[-1], 1), 0)
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=9)
     axis.grid(axis="y", visible=False)
     return figure

@@ -120,6 +120,22 @@ def test_augreg_config_takes_any_checkpoint_and_task(argument, said):
         read(f"{ROOT / 'configs' / 'augreg.py'}:{argument}")
 
 
+@pytest.mark.parametrize("argument", ["", "mini_8", "short", "mini_8,shorter", ",short"])
+def test_best_config_wants_a_checkpoint_and_a_budget(argument):
+    with pytest.raises(
+        ConfigError, match="wants a checkpoint and one of short, medium, long, as in configs/cifar100_best.py:mini_8,"
+    ):
+        read(f"{ROOT / 'configs' / 'cifar100_best.py'}:{argument}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "steps", "size", "rate"), [("mini_8,short", 1000, 64, 0.1), ("B/16,long", 20_000, 224, 0.01)]
+)
+def test_best_config_takes_any_checkpoint_and_budget(argument, steps, size, rate):
+    config = read(f"{ROOT / 'configs' / 'cifar100_best.py'}:{argument}")
+    assert (config.training.steps, config.data.image_size, config.optimizer.learning_rate) == (steps, size, rate)
+
+
 def test_cifar100_b16_has_the_settings_of_the_report():
     config = read(str(ROOT / "configs" / "cifar100_b16.py"))
     assert (config.model.dropout, config.model.attention_dropout) == (0.1, 0.0)

@@ -140,9 +140,8 @@ def test_configuration_name_is_found_from_any_folder(tmp_path, name):
 def test_configuration_name_that_is_unknown_shows_all_names(capsys):
     assert entry.main(["train", "--config", "cifar10_b16"]) == 2
     assert capsys.readouterr().err == (
-        "error: configuration 'cifar10_b16': there is no such file or name; names are augreg, cifar100_b16, cifar100_nano, "
-        "cifar100_scratch, "
-        "demo, finetune; the nearest is cifar100_b16\n"
+        "error: configuration 'cifar10_b16': there is no such file or name; names are augreg, cifar100_b16, cifar100_best, "
+        "cifar100_nano, cifar100_scratch, demo, finetune; the nearest is cifar100_b16\n"
     )
 
 

@@ -88,10 +88,12 @@ def test_error_of_host_0_is_raised_on_every_host(store):
     with pytest.raises(ConfigError, match="^no such task$"):
         hosts.from_first(fail)
     assert hosts.from_first(lambda: {"step": 3}) == {"step": 3}
+    assert hosts.from_first(lambda: OSError(28, "No space left on device")).errno == 28
     store(1)
     with pytest.raises(TrainingError, match="^host 0: no such task$"):
         hosts.from_first(fail)
     assert hosts.from_first(fail) == {"step": 3}
+    assert hosts.from_first(fail).errno == 28  # an error that is returned is not raised
 
 
 def test_only_host_0_writes_a_log(store, tmp_path, capsys):

@@ -37,11 +37,9 @@ def evaluate(parts: Parts, state: TrainState, step: int, saver: Saver) -> dict[s
     tested, predicted = _test(parts, params, raw)
     if not found:
         _keep_best(parts, params, step, saver, tested)
-    if saver.finished(step):
-        try:
-            _write(saver, step, tested, predicted)
-        except OSError as error:  # the last state comes first; then `complete` tries again
-            _log.warning("%s cannot be written yet (%s)", PREDICTIONS, reason(error))
+    # If the predictions cannot be written, the last state comes first; then `complete` tries again.
+    if saver.finished(step) and (failure := _write(saver, step, tested, predicted)):
+        _log.warning("%s cannot be written yet (%s)", PREDICTIONS, reason(failure))
     return found | tested
 
 
@@ -55,15 +53,19 @@ def _keep_best(parts: Parts, params: Any, step: int, saver: Saver, found: dict[s
     saver.update_best(step, found[f"{parts.chosen_on}/accuracy"], params)
 
 
-def _write(saver: Saver, step: int, tested: dict[str, float], predicted: dict[str, np.ndarray]) -> None:
-    """Writes the predictions of the last step, unless its metrics are not finite."""
+def _write(saver: Saver, step: int, tested: dict[str, float], predicted: dict[str, np.ndarray]) -> OSError | None:
+    """Writes the predictions of the last step, unless its metrics are not finite; returns the error of host 0 on every host."""
     guard.check(step, tested)
 
-    def write() -> None:
-        with whole_file(saver.workdir / PREDICTIONS) as file:
-            np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
+    def write() -> OSError | None:
+        try:
+            with whole_file(saver.workdir / PREDICTIONS) as file:
+                np.savez(file, logits=predicted["logits"], labels=predicted["labels"])
+        except OSError as error:
+            return error
+        return None
 
-    hosts.from_first(write)
+    return hosts.from_first(write)
 
 
 def _validate(parts: Parts, params: Any, raw: Any) -> dict[str, float]:
@@ -106,7 +108,8 @@ def complete(parts: Parts, state: TrainState, saver: Saver, step: int, log: jour
         params, raw = parts.weights(state), parts.raw_weights(state)
         tested, predicted = _test(parts, params, raw)
         found = {"step": step, **_validate(parts, params, raw), **tested}
-        _write(saver, step, found, predicted)
+        if failure := _write(saver, step, found, predicted):
+            raise failure
         if not has_line:
             log.write(step, {name: value for name, value in found.items() if name != "step"})
     return found | _test_best(parts, saver, found, log)

@@ -13,7 +13,7 @@ import pytest
 import vit_jax
 from vit_jax import __main__ as entry
 from vit_jax.config_files import to_json
-from vit_jax.training import command
+from vit_jax.training import command, hosts
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,6 +135,14 @@ def test_configuration_name_is_found_from_any_folder(tmp_path, name):
     checkpoint = "mini_8" if name == "demo" else "R+Ti/16"
     assert f"--config.model.checkpoint={checkpoint}\n" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--eval_only"])
+def test_flag_for_one_host_is_refused_under_a_launcher(monkeypatch, capsys, tmp_path, flag):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "initialize", lambda *_: None)
+    assert entry.main(["train", "--config", "demo", "--workdir", str(tmp_path / "run"), flag]) == 1
+    assert capsys.readouterr().err == f"error: {flag} runs on one host, and a launcher started several\n"
 
 
 def test_configuration_name_that_is_unknown_shows_all_names(capsys):

@@ -109,13 +109,17 @@ def _run(config: Any, values: Any) -> int:
 
         print(forecast.describe(config, values.target, values.devices, values.hlo or ""))
         return 0
+    import jax
+
     from vit_jax import cli, runtime
-    from vit_jax.errors import reason
+    from vit_jax.errors import ConfigError, reason
     from vit_jax.files import BEST_WEIGHTS, FINAL_WEIGHTS
     from vit_jax.training import command, hosts, loop, preview
 
     hosts.initialize(values.coordinator or "", values.num_processes, values.process_id)
     runtime.prepare()
+    if (values.dry_run or values.eval_only) and jax.process_count() > 1:  # started by a launcher, without flags
+        raise ConfigError(f"--{'dry_run' if values.dry_run else 'eval_only'} runs on one host, and a launcher started several")
     workdir = Path(values.workdir or command.workdir_of(values["config"].config_filename))
     try:
         if values.dry_run:

@@ -62,7 +62,8 @@ def test_host_that_ends_the_run_is_named_in_one_line(capfd, script, said):
     status, seconds = ended(script)
     assert status == 1 and seconds < 10
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {said} others were stopped. The same command continues")
+    assert error.startswith(f"error: {said} others were stopped. The same command continues from the newest saved state")
+    assert error.endswith(", if there is one and the cause is removed") == ("status 1:" in said)
 
 
 def test_signals_are_passed_on_to_every_host_once(tmp_path):

@@ -34,7 +34,7 @@ class _Host:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if any("_proxy" in name.lower() for name in os.environ):
             environment["no_grpc_proxy"] = "127.0.0.1"  # the hosts talk by gRPC
-        # In a session of its own: a terminal sends Ctrl-C to the parent only, which passes it on once.
+        # In a new session: a terminal sends Ctrl-C to the parent only, which passes it on once.
         self.process = subprocess.Popen(
             [*command, "--process_id", str(index)],
             env=environment,
@@ -145,6 +145,8 @@ def _cause(hosts: list[_Host], ended: dict[int, int], left: list[_Host]) -> str:
         if status < 0:
             return f"host {index} of {len(hosts)} was killed ({signal.Signals(-status).name}); {again}"
         words = hosts[index].last_words()
+        if status not in (0, *_STOPPED):  # an error, such as a refused setting
+            again += ", if there is one and the cause is removed"
         return f"host {index} of {len(hosts)} ended with status {status}{words and ': '}{words}; {again}"
     if left:
         return f"host {left[0].index} of {len(hosts)} did not answer any more; {again}"

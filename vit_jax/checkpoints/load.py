@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.catalogue import resolve
 from vit_jax.checkpoints.download import find
 from vit_jax.errors import CheckpointError, reason
+from vit_jax.files import expand_user
 from vit_jax.formats.google import POSITIONS, read_meta, read_npz, read_shapes
 from vit_jax.formats.meta import eval_crop, grid_of, image_size, statistics
 from vit_jax.formats.stablehlo import read_about
@@ -138,7 +139,7 @@ def architecture(source: str) -> tuple[VisionTransformer, int]:
     Raises:
       CheckpointError: if the name is unknown or the file cannot be read.
     """
-    if not Path(source).expanduser().exists():
+    if not expand_user(source, "model.checkpoint").exists():
         row = resolve(source)
         return build(row.variant, num_classes=row.num_classes), row.image_size
     path = find(source)

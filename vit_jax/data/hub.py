@@ -13,6 +13,7 @@ from vit_jax.data.archives import Names, Splits, digests
 from vit_jax.data.sources import Decoded, Source, resolve, stored_shape
 from vit_jax.data.tasks import Archive, Task
 from vit_jax.errors import DataError, reason
+from vit_jax.files import expand_user
 
 _log = logging.getLogger("vit_jax")
 _SPLITS = ("train", "test", "validation", "val", "valid", "dev")
@@ -83,7 +84,7 @@ def _load(location: str) -> Any:
             f"hub:{location} needs the package datasets: pip install 'vit_jax[hub]', or pip install datasets"
         ) from None
     name = location.partition("@")[0]
-    path = Path(name).expanduser()
+    path = expand_user(name, "hub")
     datasets.disable_progress_bars()
     try:
         if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):

@@ -97,6 +97,7 @@ def test_table_names_the_split_of_its_figures(source):
     assert "accuracy on train[90%:] of" in found.measured and found.metrics == ("validation/accuracy",)
     found = plan(source, "augment.flip=false", held_out="train[90%:]", metric="raw_accuracy,accuracy")
     assert "no test image is read" in found.measured and found.metrics == ("test/raw_accuracy", "test/accuracy")
+    assert found.title == "raw_accuracy or accuracy on train[90%:] of cifar100_excerpt"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_table_names_the_split_of_its_figures(source):
         (["--vary", "optimizer.lr=1"], "--vary optimizer.lr=1: expected FIELD=VALUE with a field"),
         (["--vary", "optimizer.learning_rate"], "expected FIELD=VALUE"),
         (["--vary", ""], "expected FIELD=VALUE,VALUE"),
-        (["--vary", "optimizer.learning_rate=fast"], "'fast' is not a float"),
+        (["--vary", "optimizer.learning_rate=fast"], "optimizer.learning_rate must be of type float, got 'fast'"),
         (["--vary", "training.batch_size=1.5"], "training.batch_size=1.5: training.batch_size must be of type int"),
         (["--vary", "augment.crop_area=(0.3,1.0"], "a bracket or a quote is not closed"),
         (["--vary", "optimizer.momentum=0.1,0.2 optimizer.b2=0.1,0.2,0.3"], "one value or equally many"),
@@ -114,6 +115,9 @@ def test_table_names_the_split_of_its_figures(source):
         (["--vary", "data.test_split=train"], "figures of different images cannot be compared"),
         (["--vary", "run.remat=true"], "fields of run do not change the numbers"),
         (["--vary", "augment.flip=true"], "every value of --vary is the base's own"),
+        (["--vary", "augment.flip=false", "--metric", "acuracy"], "--metric acuracy: expected accuracy, accuracy_top5, loss"),
+        (["--vary", "training.steps=9 training.epochs=2"], "a change has only one of them"),
+        (["--vary", "model.checkpoint=~nosuchuser/x.npz"], "the user '~nosuchuser' does not exist"),
         (["--vary", "augment.flip=false", "--seeds", "0"], "--seeds must be from 1"),
         (["--vary", "augment.flip=false", "--config", "seed=-1"], "base: seed must be from 0"),
         (["--vary", "data.train_split=train[:50%]", "--held_out", "train[90%:]"], "--held_out sets it"),

@@ -21,7 +21,14 @@ def study(config, tmp_path):
             changed = copy.deepcopy(config)
             changed.seed, changed.optimizer.learning_rate = seed, rate
             cells[name][seed] = Cell(f"{name}/seed{seed}", changed)
-    return ablation.Study(tmp_path, cells, ("test/raw_accuracy", "test/accuracy"), "accuracy on test", "the command")
+    return ablation.Study(
+        tmp_path,
+        cells,
+        ("test/raw_accuracy", "test/accuracy"),
+        "accuracy on test",
+        "accuracy on test, the test images",
+        "the command",
+    )
 
 
 def finish(study, name, seed, **metrics):
@@ -46,7 +53,7 @@ def test_table_has_means_paired_differences_and_what_is_missing(study):
     assert base == "| base | 2 | 72.00 | 2.83 | – | – | – | 6.0 |"
     assert slow == "| slow | 2 | 73.50 | 2.12 | +1.50 | 6.35 | 0.50 | 6.0 |"
     assert fast == "| fast | 1 of 2 missing | 90.00 | – | +20.00 | 8.98 | – | 6.0 |"
-    assert "Student's t with 1 degrees of freedom" in text and "over seeds 0 to 1" in text
+    assert "Student's t with 1 degree of freedom" in text and "over seeds 0 to 1" in text
 
 
 def test_run_that_diverged_is_a_row_that_says_so(study):

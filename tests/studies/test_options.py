@@ -61,8 +61,8 @@ def test_field_gets_a_value_of_its_type(text, value):
         ("optimizer=1", "expected FIELD=VALUE"),
         ("seed", "expected FIELD=VALUE"),
         ("seed=", "expected FIELD=VALUE"),
-        ("seed=one", "'one' is not a int"),
-        ("augment.crop_area=(0.3,", "is not a tuple"),
+        ("seed=one", "seed must be of type int, got 'one'"),
+        ("augment.crop_area=(0.3,", "augment.crop_area must be of type tuple"),
         ("training.steps=3", "the study sets it"),
     ],
 )
@@ -70,6 +70,13 @@ def test_wrong_field_or_value_is_named(text, message):
     with pytest.raises(ConfigError) as error:
         options.set_field(Config(), text, refused={"training.steps": "the study sets it"})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_steps_take_the_place_of_epochs():
+    config = Config()
+    config.training.epochs = 200.0
+    assert options.set_field(config, "training.steps=3") == "training.steps"
+    assert (config.training.steps, config.training.epochs) == (3, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_held_out_images_and_the_rest_are_the_training_images(held, rest):
     ("held", "trained", "message"),
     [
         ("test[90%:]", "", "the training split is 'train', and only a part of that can be held out"),
-        ("train[90%:]", "train[:98%]", "the training split is 'train[:98%]', and only a part of that"),
+        ("train[90%:]", "train[:98%]", "needs a whole split as data.train_split, which is 'train[:98%]'"),
         ("train", "", "expected a part of the training images at their end or beginning"),
         ("train[10%:20%]", "", "expected a part"),
         ("train[:]", "", "expected a part"),

@@ -58,6 +58,13 @@ def test_incomplete_rows_use_the_seeds_they_have_and_the_noise_of_the_others():
     assert found.noise == paired.compare({name: rows[name] for name in ("base", "a")}).noise
 
 
+def test_noise_is_of_the_seeds_that_all_rows_of_several_seeds_have():
+    rows = {"base": {0: 1.0, 1: 2.0, 2: 9.0}, "a": {0: 2.0, 1: 3.5}, "b": {2: 5.0}}
+    found = paired.compare(rows)
+    assert found.noise == paired.compare({"base": {0: 1.0, 1: 2.0}, "a": rows["a"]}).noise and found.freedom == 1
+    assert found.rows["a"].margin == pytest.approx(12.7062 * found.noise, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "scores", [{"base": {0: 1.0}, "a": {0: 2.0}}, {"base": {0: 1.0, 1: 2.0}, "a": {0: 2.0}}, {"base": {}, "a": {}}]
 )

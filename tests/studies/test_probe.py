@@ -83,7 +83,7 @@ def test_rows_of_the_table_have_one_test_accuracy_for_each_classifier():
         ("--image_size", "-8", "--image_size must be from 0"),
         ("--batch_size", "0", "--batch_size must be from 1"),
         ("--epochs", "nan", "--epochs must be from"),
-        ("--temperature", "-1", "--temperature must not be negative"),
+        ("--temperature", "-1", "--temperature must be from 0 to 1,000,000.0, got -1.0"),
         ("--held_out", "test[90%:]", "the training split is 'train', and only a part of that can be held out"),
         ("--held_out", "train[5000:]", "some of the 1,000 training images must be held out, and some must not"),
     ],

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from vit_jax.studies.ablation import Study
     from vit_jax.studies.grid import Cell
 
-_ALWAYS = 10.0  # seconds between tables that are written while runs go on
+_METRICS = ("accuracy", "accuracy_top5", "loss", "raw_accuracy", "raw_loss")
+_TABLE_SECONDS = 10.0  # seconds between tables that are written while runs go on
 _SAME_IMAGES = "figures of different images cannot be compared; set it for all runs with --config"
 _REFUSED = {  # fields that do not vary
     "seed": "each change is trained with --seeds seeds, from the seed of the configuration on; set that with --config",
@@ -78,20 +79,23 @@ def main(argv: list[str] | None = None, program: str = "python -m vit_jax.studie
 def _run(args: argparse.Namespace, command: str) -> int:
     from vit_jax import runtime
     from vit_jax.studies import grid
-    from vit_jax.studies.ablation import describe, write
+    from vit_jax.studies.ablation import describe, model_of, write
 
     study = plan(args, command)
-    lines = list(describe(study))  # fails before anything runs if the folder holds other runs
     if args.dry_run:
-        print("\n".join(lines))
+        for line in describe(study):
+            print(line)
         return 0
+    for cell in study.in_order():  # errors before anything runs: the folder holds other runs, a model is unknown
+        grid.result(cell, study.folder)
+        model_of(cell.config)
     runtime.prepare()
     failed, written = [], time.monotonic()
     try:
         for cell, found in grid.run(study.in_order(), study.folder):
             if not isinstance(found, dict):
                 failed.append(cell.name)
-            if time.monotonic() - written > _ALWAYS:
+            if time.monotonic() - written > _TABLE_SECONDS:
                 write(study)
                 written = time.monotonic()
     except grid.Stopped as stopped:
@@ -171,8 +175,11 @@ def plan(args: argparse.Namespace, command: str) -> "Study":
         raise ConfigError("every value of --vary is the base's own: there is nothing to compare")
     folder = args.output or Path("runs", f"ablate-{workdir_of(args.source).absolute().name}")
     cells = {name: _cells(name, config, args.seeds) for name, config in configs.items()}
-    split, metrics, measured = _measured(base, args.metric, bool(args.held_out))
-    return Study(folder, cells, tuple(f"{split}/{name}" for name in metrics), measured, command)
+    if unknown := sorted(set(args.metric.split(",")) - set(_METRICS)):
+        raise ConfigError(f"--metric {unknown[0]}: expected {', '.join(_METRICS)}, or several with commas between them")
+    split, title, measured = _measured(base, args.metric, bool(args.held_out))
+    metrics = tuple(f"{split}/{name}" for name in args.metric.split(","))
+    return Study(folder, cells, metrics, title, measured, command)
 
 
 def _changed(base: "Config", change: Sequence[str], refused: Mapping[str, str], evaluates_at_end: bool) -> "Config":
@@ -181,6 +188,8 @@ def _changed(base: "Config", change: Sequence[str], refused: Mapping[str, str], 
     from vit_jax.errors import ConfigError
 
     config = copy.deepcopy(base)
+    if {"training.steps", "training.epochs"} <= {text.partition("=")[0] for text in change}:
+        raise ConfigError("--vary: training.steps and training.epochs set the same, so a change has only one of them")
     for text in change:
         name = options.set_field(config, text, "--vary", refused)
         if name.startswith("run."):
@@ -209,20 +218,20 @@ def _cells(name: str, config: "Config", seeds: int) -> dict[int, "Cell"]:
     return cells
 
 
-def _measured(base: "Config", metric: str, held_out: bool) -> tuple[str, list[str], str]:
-    """The name of the split in metrics.jsonl, the metrics, and what is measured as text."""
+def _measured(base: "Config", metric: str, held_out: bool) -> tuple[str, str, str]:
+    """The name of the split in metrics.jsonl; what is measured as a short text, and with what that means."""
     from vit_jax.data.splits import names
     from vit_jax.data.tasks import task
 
     chosen = names(task(base.data.task), base.data)
     split = "validation" if chosen.validation else "test"
     place = chosen.validation or chosen.test
-    about = f"{metric} on {place} of {base.data.task}"
+    title = about = f"{metric.replace(',', ' or ')} on {place} of {base.data.task}"
     if held_out:
         about += f", training images that were held out; trained on {chosen.train}, no test image is read"
     elif not chosen.validation:
         about += ", the test images: choose on --held_out, and use these figures only to report"
-    return split, metric.split(","), about
+    return split, title, about
 
 
 if __name__ == "__main__":

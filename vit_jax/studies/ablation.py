@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_jax.checkpoints.load import architecture
+from vit_jax.config import Config
 from vit_jax.config_rules import with_steps
 from vit_jax.data import splits
 from vit_jax.data.tasks import task
 from vit_jax.models.variants import build
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.reports.runs import read_run
 from vit_jax.studies import paired, tables
 from vit_jax.studies.grid import Cell, result
@@ -26,13 +28,15 @@ class Study:
       folder: of the runs and the tables.
       cells: name of a change → seed → its run; the base first.
       metrics: names of metrics.jsonl, of which the first that a run has is its score.
-      measured: what the scores are, as text.
+      title: what the scores are, as a short text.
+      measured: the same, with what that means.
       command: the command line.
     """
 
     folder: Path
     cells: dict[str, dict[int, Cell]]
     metrics: tuple[str, ...]
+    title: str
     measured: str
     command: str
 
@@ -46,6 +50,14 @@ class Study:
         return "accuracy" in self.metrics[0]
 
 
+def model_of(config: Config) -> VisionTransformer:
+    """The architecture of a run with its head. Raises ValueError if the model is unknown or its file cannot be read."""
+    classes = task(config.data.task).num_classes or 1
+    if config.model.checkpoint:
+        return architecture(config.model.checkpoint)[0].clone(num_classes=classes, representation_size=0)
+    return build(config.model.variant, num_classes=classes)
+
+
 def describe(study: Study) -> Iterator[str]:
     """The runs of a study that are not finished in its folder, and what they cost, as lines."""
     yield f"Measured: {study.measured}"
@@ -56,13 +68,8 @@ def describe(study: Study) -> Iterator[str]:
         config, known = next(iter(row.values())).config, task(next(iter(row.values())).config.data.task)
         if config.training.epochs:
             config = with_steps(config, splits.count(known, config.data, config.run.data_dir))
-        classes = known.num_classes or 1
-        if config.model.checkpoint:
-            model = architecture(config.model.checkpoint)[0].clone(num_classes=classes, representation_size=0)
-        else:
-            model = build(config.model.variant, num_classes=classes)
         images = len(left) * config.training.steps * config.training.batch_size
-        cost = images * training_flops(config, model)
+        cost = images * training_flops(config, model_of(config))
         total, number = total + cost, number + len(left)
         finished = f" ({len(row) - len(left)} finished)" if len(left) < len(row) else ""
         yield f"{name:{width}}  {len(left)} runs{finished}, {images:,} training images, {cost / 1e15:,.3g} PFLOP"
@@ -115,7 +122,7 @@ def write(study: Study) -> str:
         lines.append([name, *("" if value is None else f"{value:.6g}" for value in every), missing[name]])
     text = f"{_heading(study, found)}\n\n{tables.markdown(table)}"
     tables.write_csv(study.folder / "table.csv", lines)
-    title = f"difference to the base{points}: {study.measured.split(',')[0]}"
+    title = f"difference to the base{points}: {study.title}"
     tables.write_figure(study.folder / "differences.svg", tables.differences(found.rows, title))
     plot = "\n![differences to the base](differences.svg)\n"
     tables.write_text(study.folder / "table.md", f"{text}{plot}\n    {study.command}\n")
@@ -131,8 +138,9 @@ def _heading(study: Study, found: paired.Comparison) -> str:
         "deviations are over seeds, not over images."
     )
     if found.noise is None:
-        return f"{text} There is no interval: it needs at least two seeds of the base and of a change."
+        return f"{text} There is no interval: it needs two rows with the same two seeds."
+    degrees = f"{found.freedom} degree{'s' * (found.freedom > 1)} of freedom"
     return (
-        f"{text} The 95 % interval is Student's t with {found.freedom} degrees of freedom; its noise, {found.noise:.2g} for "
-        "one run, is that of all complete rows together: score = change + seed + noise of one variance."
+        f"{text} The 95 % interval is Student's t with {degrees}; its noise, {found.noise:.2g} for one run, is that of all "
+        "rows with several seeds: score = change + seed + noise of one variance."
     )

@@ -63,7 +63,7 @@ def compute(
     rows: list[np.ndarray] = []
     labels: list[np.ndarray] = []
 
-    def keep() -> None:
+    def write_part() -> None:
         """Writes the batches that are there as a part."""
         part = np.concatenate(rows), np.concatenate(labels)
         if not np.isfinite(part[0]).all():
@@ -81,7 +81,7 @@ def compute(
             rows.append(np.asarray(jax.device_get(values), np.float32)[mask])
             labels.append(label[mask].astype(np.int32))
             if len(rows) == _BATCHES:
-                keep()
+                write_part()
 
     if len(parts) * each < len(feed):
         for batch, label, mask in feed.evaluation(size, start=len(parts) * _BATCHES):
@@ -89,5 +89,5 @@ def compute(
             read(ahead=2)  # the device never waits for the host
         read(ahead=0)
         if rows:
-            keep()
+            write_part()
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

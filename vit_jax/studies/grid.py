@@ -90,7 +90,7 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
     Raises:
       Stopped: if SIGINT or SIGTERM ended a run; its state is saved.
     """
-    waiting, told = list(cells), False
+    waiting, reported = list(cells), False
     while waiting:
         busy = []
         for number, cell in enumerate(waiting, 1):
@@ -112,12 +112,13 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
             except Busy:
                 busy.append(cell)
             except Diverged as error:
+                jax.clear_caches()
                 yield cell, {"diverged": str(error)}
             except Exception as error:
                 if isinstance(error, UserError):
                     failure = error
-                elif said := too_little_memory(error, MEMORY_ADVICE):
-                    failure = UserError(said)
+                elif message := too_little_memory(error, MEMORY_ADVICE):
+                    failure = UserError(message)
                 else:
                     raise
                 failure.__context__ = failure.__cause__ = None
@@ -125,8 +126,8 @@ def run(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, A
                 jax.clear_caches()
                 print(f"{cell.name}: {reason(failure, 1000)}", file=sys.stderr, flush=True)
                 yield cell, failure
-        if busy and not told:
-            told = True
+        if busy and not reported:
+            reported = True
             print(
                 f"waiting for other processes, which train {', '.join(cell.name for cell in busy)}", file=sys.stderr, flush=True
             )

@@ -93,7 +93,7 @@ def optimizer(rate: Any, decay: Any, steps: int) -> optax.GradientTransformation
 
 def loss(head: Head, rows: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of one head; rows float32 [B, D]."""
-    logits = rows @ head.kernel + head.bias[None]
+    logits = jnp.matmul(rows, head.kernel, precision="highest") + head.bias[None]  # not TF32 on a GPU
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -150,7 +150,7 @@ def train(
 
 @jax.jit
 def _predict(heads: Head, rows: jax.Array) -> jax.Array:
-    logits = jnp.einsum("bd,gdc->gbc", rows, heads.kernel) + heads.bias[:, None]
+    logits = jnp.einsum("bd,gdc->gbc", rows, heads.kernel, precision="highest") + heads.bias[:, None]
     return jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), -1)
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def split_outside(text: str, separators: str) -> list[str]:
     return parts
 
 
-def set_field(config: "Config", text: str, option: str = "--config", refused: Mapping[str, str] | None = None) -> str:
+def set_field(config: "Config", text: str, option: str = "--config", refused: Mapping[str, str] = MappingProxyType({})) -> str:
     """Sets the field that "section.field=value" names; returns its name.
 
-    Strings need no quotes, and may have them; true and false may begin with a small letter.
+    Strings need no quotes, and may have them; true and false may begin with a small letter. training.steps takes the place of
+    the configuration's training.epochs.
 
     Args:
       config: is changed.
@@ -72,8 +74,8 @@ def set_field(config: "Config", text: str, option: str = "--config", refused: Ma
 
     name, _, value = text.partition("=")
     known = fields(config)
-    if name in (refused or {}):
-        raise ConfigError(f"{option} {text}: {(refused or {})[name]}")
+    if name in refused:
+        raise ConfigError(f"{option} {text}: {refused[name]}")
     if name not in known or not value:
         near = "" if name in known else _nearest(name, list(known))
         raise ConfigError(
@@ -87,7 +89,9 @@ def set_field(config: "Config", text: str, option: str = "--config", refused: Ma
     try:
         setattr(node, field, _value(value, kind))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise ConfigError(f"{option} {text}: {value!r} is not a {getattr(kind, '__name__', kind)}") from None
+        raise ConfigError(f"{option} {text}: {name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}") from None
+    if name == "training.steps":
+        config.training.epochs = 0.0  # as `vit_jax train` does, or the steps would be those of the epochs
     return name
 
 
@@ -121,6 +125,8 @@ def _bound(text: str, trained: str, option: str) -> tuple[str, bool]:
             f"{option} {text!r}: expected a part of the training images at their end or beginning, such as 'train[90%:]' or "
             "'train[:5000]'"
         )
+    if "[" in trained:
+        raise ConfigError(f"{option} {text!r} needs a whole split as data.train_split, which is {trained!r}")
     if found[1] != trained:
         raise ConfigError(f"{option} {text!r}: the training split is {trained!r}, and only a part of that can be held out")
     return bound, bool(found["first"])

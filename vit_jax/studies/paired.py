@@ -1,13 +1,13 @@
 """Changes measured over the same seeds as a base: means, deviations, paired differences and their intervals.
 
 Seeds are blocks of a randomised block design: score = change + seed + noise, with noise of one variance in all cells. The
-residuals of all complete rows estimate that variance together, which two or three seeds of a single row cannot.
+residuals of all rows with several seeds estimate that variance together, which two or three seeds of a single row cannot.
 """
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,8 @@ def t_quantile(freedom: int, confidence: float = 0.95) -> float:
     return high
 
 
-def _noise(rows: Mapping[str, Mapping[int, float]]) -> tuple[float | None, int]:
-    """The standard deviation of the residuals of rows that all have the same seeds, and its degrees of freedom."""
-    tables = [list(scores.values()) for scores in rows.values()]
+def _noise(tables: Sequence[Sequence[float]]) -> tuple[float | None, int]:
+    """The standard deviation of the residuals of rows of the same seeds, and its degrees of freedom."""
     freedom = (len(tables) - 1) * (len(tables[0]) - 1) if tables else 0
     if freedom < 1:
         return None, 0
@@ -92,13 +91,16 @@ def compare(scores: Mapping[str, Mapping[int, float]]) -> Comparison:
     """Compares changes with the base, which is the first row.
 
     Args:
-      scores: name → seed → score. Rows without the score of a seed that another row has do not count for the noise.
+      scores: name → seed → score. For the noise count the rows of two or more seeds, and of their seeds those that all of
+        them have.
 
-    With two complete rows the interval is that of the paired t-test.
+    With two such rows the interval is that of the paired t-test.
     """
     seeds = sorted({seed for row in scores.values() for seed in row})
     ordered = {name: {seed: row[seed] for seed in seeds if seed in row} for name, row in scores.items()}
-    noise, freedom = _noise({name: row for name, row in ordered.items() if len(row) == len(seeds) and row})
+    several = {name: row for name, row in ordered.items() if len(row) > 1}
+    common = [seed for seed in seeds if all(seed in row for row in several.values())]
+    noise, freedom = _noise([[row[seed] for seed in common] for row in several.values()])
     base = next(iter(ordered.values()))
     rows = {}
     for number, (name, row) in enumerate(ordered.items()):

@@ -68,11 +68,10 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.errors import ConfigError
     from vit_jax.studies import tables
 
-    for name, least, most in (("batch_size", 1, 2**17), ("image_size", 0, 4096), ("seed", 0, 2**32 - 1), ("epochs", 1e-6, 1e6)):
+    limits = {"batch_size": (1, 2**17), "image_size": (0, 4096), "seed": (0, 2**32 - 1), "epochs": (1e-6, 1e6)}
+    for name, (least, most) in {**limits, "temperature": (0, 1e6)}.items():
         if not least <= getattr(args, name) <= most:
             raise ConfigError(f"--{name} must be from {least:,} to {most:,}, got {getattr(args, name)}")
-    if not 0 <= args.temperature < 1e6:
-        raise ConfigError(f"--temperature must not be negative, got {args.temperature}")
     runtime.prepare()
     folder = args.output or Path("runs", f"probe-{_word(args.checkpoint)}-{_word(args.task)}")
     (features, labels), tested, about = collect(args, folder)
@@ -99,8 +98,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _word(name: str) -> str:
     """A checkpoint or a task as a part of a folder's name: of paths the last name, "B/16" as "B_16"."""
+    from vit_jax.files import expand_user
+
     kind, _, location = name.rpartition(":")
-    path = Path(location).expanduser()
+    path = expand_user(location, kind or "--checkpoint")
     word = path.absolute().name if kind in ("folder", "csv") or path.exists() else name
     return re.sub(r"[^\w.+@,-]+", "_", word)
 
@@ -173,11 +174,11 @@ def collect(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, dict[str,
     placed, batch = layout.put(params), layout.round_up(args.batch_size)
     with as_checkpoint_error(args.checkpoint):
         digest = sha256(find(args.checkpoint))
-    of = dict(weights=digest, task=row.name, builder=row.builder, image_size=size, normalization=model.normalization)
-    of |= dict(eval_crop=model.eval_crop, dtype=settings.dtype, batch=batch)
+    key = dict(weights=digest, task=row.name, builder=row.builder, image_size=size, normalization=model.normalization)
+    key |= dict(eval_crop=model.eval_crop, dtype=settings.dtype, attention=settings.attention, batch=batch)
     found = []
     for split, source in ((row.train_split, sources.train), (row.test_split, sources.test)):
-        name = features.folder_name(split, images=source.digest, parts=source.ranges, count=len(source), **of)
+        name = features.folder_name(split, images=source.digest, parts=source.ranges, count=len(source), **key)
         feed = Feed(source, layout, budget=0, workers=0 if source.nbytes < 2**30 else -1)  # streamed: few batches in memory
         found.append(
             features.compute(apply, placed, feed, batch, folder / "features" / name, _bar(split, len(source), " images"))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vit_jax.studies.grid import Cell
 
 STEPS, RATES = (500, 2500), (0.001, 0.003, 0.01, 0.03)  # the paper's grid
-_OWN = {"model.checkpoint", "data.task", "data.validation_split", "training.steps", "training.epochs"}
-_OWN |= {"training.patience", "optimizer.learning_rate"}  # a search is evaluated once, at its end
+_SET_BY_SWEEP = {"model.checkpoint", "data.task", "data.validation_split", "training.steps", "training.epochs"}
+_SET_BY_SWEEP |= {"training.patience", "optimizer.learning_rate"}  # a search is evaluated once, at its end
 GROUPS = ("natural", "specialized", "structured")
 PAPER = Path(__file__).parents[1] / "assets" / "augreg_vtab.csv"
 PRETRAINING = "ImageNet-21k (300ep)"  # of the files that the names of models mean
@@ -80,7 +80,9 @@ def _run(args: argparse.Namespace) -> int:
             scores = [value.get("validation/accuracy", -1.0) for one in cells if isinstance(value := found[one.name], dict)]
             failed += len(cells) - len(scores)
             # With a missing one, the choice could be another. One that diverged is the worst.
-            if len(scores) == len(cells) and max(scores) >= 0:
+            if scores and max(scores) < 0:
+                print(f"every run of {' on '.join(key)} diverged", file=sys.stderr)
+            elif len(scores) == len(cells):
                 best = cells[scores.index(max(scores))].config
                 finals[key] = cell(*key, best.training.steps, best.optimizer.learning_rate, args.config, search=False)
         results = {one.name: value for one, value in grid.run(list(finals.values()), args.output)}
@@ -125,7 +127,7 @@ def cell(model: str, name: str, steps: int, rate: float, overrides: Sequence[str
     config.optimizer.learning_rate, config.training.steps = rate, steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 5)  # as configured, or a fifth of a short run
     config.data.validation_split = "own" if search else ""
-    refused = {name: f"the sweep sets {name} itself; see --models, --tasks, --steps and --lrs" for name in _OWN}
+    refused = {name: f"the sweep sets {name} itself; see --models, --tasks, --steps and --lrs" for name in _SET_BY_SWEEP}
     for override in overrides:
         options.set_field(config, override, refused=refused)
     config.training.eval_every = config.training.steps  # only the last evaluation counts

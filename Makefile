@@ -42,7 +42,7 @@ test-newest: .venv-newest/.tools  ## all tests of numbers, and the first case of
 test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtime: PyTorch for CPUs, about a gigabyte more
 	$(RUN) $(PYTEST) tests/peers tests/benchmarks/test_peer_process.py tests/data/test_hub.py
 
-# JAX's plug-in writes to standard error whenever JAX is imported, so it has an environment of its own on top of that of test-lowest.
+# JAX's plug-in writes to standard error whenever JAX is imported, so it has a separate environment on top of that of test-lowest.
 PLUGIN := .venv-gpu-program/bin/python
 test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 4 minutes on 2 cores
 	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=5 tests/gpu_program; \

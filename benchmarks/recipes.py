@@ -57,8 +57,8 @@ def _changes(steps: int, seeds: int, changes: Sequence[str] = _CHANGES, held_out
 
 
 def _batches(images: int, rule: str) -> str:
-    """Batches of 64 to 2,048 at a constant number of images, each with a tenth of its steps as warm-up."""
-    sizes = [64 * 2**power for power in range(6)]
+    """Batches of 128 to 2,048 next to 64, at a constant number of images, each with a tenth of its steps as warm-up."""
+    sizes = [64 * 2**power for power in range(1, 6)]
     steps = [images // size for size in sizes]
     fields = {
         "training.batch_size": sizes,
@@ -67,7 +67,7 @@ def _batches(images: int, rule: str) -> str:
     }
     scaled = f" optimizer.base_batch_size=64 optimizer.rate_scaling={rule}" if rule != "none" else ""
     change = " ".join(f"{name}={','.join(map(str, values))}" for name, values in fields.items()) + scaled
-    start = f"--config training.steps={steps[0]} --config optimizer.warmup_steps={steps[0] // 10}"
+    start = f"--config training.steps={images // 64} --config optimizer.warmup_steps={images // 640}"
     return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 --vary {shlex.quote(change)}"
 
 

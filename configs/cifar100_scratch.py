@@ -2,9 +2,9 @@
 
     python main.py --config configs/cifar100_scratch.py
 
-200 epochs of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from the
-augmentations that images may be moved, cut and mixed. Mixup, CutMix, erasing, label smoothing, stochastic depth and weight
-decay have the values of DeiT (Touvron et al. 2021), RandAugment those of AugReg's "medium" (Steiner et al. 2021).
+200 epochs in batches of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from
+the augmentations that images may be moved, cut and mixed. Mixup, CutMix, erasing, label smoothing, stochastic depth and
+weight decay have the values of DeiT (Touvron et al. 2021), RandAugment those of AugReg's "medium" (Steiner et al. 2021).
 
 **Not yet measured: the project has had no GPU so far.** `python -m benchmarks.recipes scratch-gpu` trains three seeds. Choose
 on `vit_jax ablate --held_out 'train[90%:]'`, not on test images. For a CPU, see configs/cifar100_nano.py.

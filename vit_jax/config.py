@@ -25,9 +25,7 @@ class Model:
     dropout: float = 0.0  # after the positions, each MLP layer and the attention's output; in [0, 1)
     attention_dropout: float = 0.0  # on the attention weights; in [0, 1)
     stochastic_depth: float = 0.0  # share of the images that skip each branch of the last block; 0 at the first; in [0, 1)
-    tune: str = (
-        "all"  # trained is "all" or "head"; or the head with "attention", "lora", "ssf"; "frozen_embedding": all but that
-    )
+    tune: str = "all"  # "head"; "attention", "lora" or "ssf", and the head; "frozen_embedding": all but the embedding
     lora_rank: int = 8  # of the two factors that LoRA adds to the query and value kernels; at most the model's width
     lora_alpha: float = 0.0  # their product is multiplied by alpha / rank; 0: alpha is the rank
     dtype: str = "auto"  # of the computation; "auto": bfloat16 on a GPU, else float32; parameters are always float32
@@ -93,7 +91,9 @@ class Training:
     batch_size: int = 64  # images per update, over all devices
     label_smoothing: float = 0.0  # part of each label that is spread evenly over all classes; in [0, 1)
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
-    eval_every: int = 100  # steps between evaluations of the test split; the last step is always evaluated
+    eval_every: int = (
+        100  # steps between evaluations of the validation split, else of the test split; the last step is always evaluated
+    )
     save_every: int = 100  # steps between saved states; the last step is always saved
     on_nan: str = "raise"  # on a training loss that is not finite; "rollback": go back and skip its batch, 3 times at most
 

@@ -98,7 +98,7 @@ def how_to_prepare(task: Task, data_dir: str | os.PathLike = "", archive: str = 
     option = f" --data_dir {shlex.quote(os.fspath(data_dir))}" if data_dir else ""
     manual = f"; first put {task.manual} into {data_root(task, data_dir) / 'downloads' / 'manual'}" if task.manual else ""
     return (
-        f"run `tfds build {task.builder} --file_format=array_record{option}` in an environment of its own with TensorFlow "
+        f"run `tfds build {task.builder} --file_format=array_record{option}` in a separate environment with TensorFlow "
         f"(pip install -r requirements-prepare.txt){manual}"
     )
 

@@ -1,7 +1,7 @@
-"""Several hosts that train one model together: processes of JAX's distributed runtime, each with devices of its own.
+"""Several hosts that train one model together: processes of JAX's distributed runtime, each with its devices.
 
-Every host runs the same program. Host 0 alone reads and writes the working directory, so the others need not see it; what
-it finds or decides there, the configuration included, the others are told. On one host every function does the obvious and
+Every host runs the same program. Only host 0 reads and writes the working directory, so the others need not see it; what
+it finds or decides there, the configuration included, the others are told. On one host every function returns at once and
 costs nothing.
 """
 
@@ -69,7 +69,7 @@ def _store() -> Any:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on host 0, which alone calls it. Its error is raised on every host."""
+    """What `make` returns on host 0; no other host calls it. Its error is raised on every host."""
     if jax.process_count() == 1:
         return make()
     key = f"vit_jax/{next(_calls)}"

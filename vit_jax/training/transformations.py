@@ -18,7 +18,7 @@ def sam(rho: float) -> optax.GradientTransformationExtraArgs:
     Sharpness-Aware Minimization (Foret et al. 2021, equations 2 and 3). The norm has 1e-12 added, as in the authors' code.
     `update` takes the argument `gradient_at` of `step.train_step`, whose gradient is of the whole batch: all devices and
     microbatches move to the same parameters, while the paper's implementation lets each device move by its own gradient.
-    Where the second gradient is not finite, the first one is used: a step whose metrics are finite leaves finite parameters.
+    If the second gradient is not finite, the first one is used: a step whose metrics are finite leaves finite parameters.
     """
 
     def update(gradients: Any, state: Any, params: Any, *, gradient_at: Callable[[Any], Any], **_: Any) -> tuple[Any, Any]:

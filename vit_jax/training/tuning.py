@@ -31,7 +31,7 @@ _TRAINED = {
     "ssf": f"(head|{ADAPTERS})/.*",
 }
 _LORA = rf"({_ATTENTION}/(query|value))/kernel"
-_SSF = r"((embedding|Transformer/encoder_norm|Transformer/encoderblock_\d+/.*))/(kernel|scale)"
+_SSF = r"(embedding|Transformer/encoder_norm|Transformer/encoderblock_\d+/.*)/(kernel|scale)"
 
 
 def check(settings: Model, model: VisionTransformer) -> None:
@@ -88,7 +88,7 @@ def initial(params: Mapping[str, Any], settings: Model, key: jax.Array) -> dict[
     distribution of ±1 / √inputs, and b is 0.
 
     SSF (Lian et al. 2022): for the patch embedding and each dense layer and LayerNorm of the encoder a scale γ and a shift δ of
-    its outputs, in the shape of its bias. They start at 1 and 0, where the paper draws them around these.
+    its outputs, in the shape of its bias. They start at 1 and 0; the paper draws them around these.
 
     Args:
       params: the model's, float32.

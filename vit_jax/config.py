@@ -91,9 +91,7 @@ class Training:
     batch_size: int = 64  # images per update, over all devices
     label_smoothing: float = 0.0  # part of each label that is spread evenly over all classes; in [0, 1)
     grad_accum_steps: int = 1  # microbatches that a batch is split into, to save memory
-    eval_every: int = (
-        100  # steps between evaluations of the validation split, else of the test split; the last step is always evaluated
-    )
+    eval_every: int = 100  # steps between evaluations, of the validation split or else the test split; the last always is
     save_every: int = 100  # steps between saved states; the last step is always saved
     on_nan: str = "raise"  # on a training loss that is not finite; "rollback": go back and skip its batch, 3 times at most
 

@@ -68,7 +68,7 @@ benchmark-gpu: engine  ## the same on this machine's GPU, next to timm if it is 
 	$(SUITE) --suite gpu || failed=1; $(PAGE)
 
 recipes: product  ## the studies of docs/recipes.md that a CPU can do: several hours on 2 cores; they go on if they are ended
-	for study in changes combinations best batch-none batch-linear batch-sqrt; do $(RUN) -m benchmarks.recipes $$study; done
+	for study in changes combinations best batches; do $(RUN) -m benchmarks.recipes $$study; done
 
 recipes-gpu: product  ## those that want a GPU: CIFAR-100 from scratch with three seeds, and single changes at ten times the steps
 	for study in scratch-gpu changes-gpu; do $(RUN) -m benchmarks.recipes $$study; done

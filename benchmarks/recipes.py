@@ -1,15 +1,21 @@
 """The studies behind docs/recipes.md, each a command of `vit_jax ablate`: `python -m benchmarks.recipes NAME [OPTION …]`.
 
 Options are those of `vit_jax ablate`, such as `--dry_run` and `--config run.data_dir=FOLDER`. A study that was ended goes on
-where it was. `--list` prints the commands.
+where it was. `--list` prints the commands. `--plot FOLDER` draws FOLDER/batch_sizes.svg from the table of the study `batches`.
 """
 
+import csv
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from vit_jax import cli
-from vit_jax.studies import ablate
+from vit_jax.reports.canvas import COLOURS, WIDTH, with_style
+from vit_jax.studies import ablate, tables
 
 # The report's run from the embedded checkpoint, so that a CPU can repeat it: 32 px are 16 patches of 8.
 _SMALL = "configs/cifar100_b16.py --config model.checkpoint=mini_8 --config data.image_size=32"
@@ -56,19 +62,27 @@ def _changes(steps: int, seeds: int, changes: Sequence[str] = _CHANGES, held_out
     return f"{_SMALL} {length} {held_out} --seeds {seeds} {varied}"
 
 
-def _batches(images: int, rule: str) -> str:
+_BATCH = 64  # the report's
+_SIZES = [_BATCH * 2**power for power in range(1, 6)]
+_RULES = {
+    "none": "",
+    "linear": " optimizer.base_batch_size=64",
+    "sqrt": " optimizer.base_batch_size=64 optimizer.rate_scaling=sqrt",
+}
+
+
+def _batches(images: int) -> str:
     """Batches of 128 to 2,048 next to 64, at a constant number of images, each with a tenth of its steps as warm-up."""
-    sizes = [64 * 2**power for power in range(1, 6)]
-    steps = [images // size for size in sizes]
+    steps = [images // size for size in _SIZES]
     fields = {
-        "training.batch_size": sizes,
+        "training.batch_size": _SIZES,
         "training.steps": steps,
         "optimizer.warmup_steps": [max(1, count // 10) for count in steps],
     }
-    scaled = f" optimizer.base_batch_size=64 optimizer.rate_scaling={rule}" if rule != "none" else ""
-    change = " ".join(f"{name}={','.join(map(str, values))}" for name, values in fields.items()) + scaled
-    start = f"--config training.steps={images // 64} --config optimizer.warmup_steps={images // 640}"
-    return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 --vary {shlex.quote(change)}"
+    change = " ".join(f"{name}={','.join(map(str, values))}" for name, values in fields.items())
+    start = f"--config training.steps={images // _BATCH} --config optimizer.warmup_steps={images // _BATCH // 10}"
+    varied = " ".join(f"--vary {shlex.quote(change + scaled)}" for scaled in _RULES.values())
+    return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 {varied}"
 
 
 STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end in -gpu want a GPU
@@ -77,7 +91,7 @@ STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end
     "best": _changes(1000, seeds=2, changes=[BEST], held_out=""),  # the report's steps, on the test images
     "changes-gpu": _changes(2000, seeds=3),
     "scratch-gpu": "configs/cifar100_scratch.py --seeds 3",
-    **{f"batch-{rule}": _batches(20_480, rule) for rule in ("none", "linear", "sqrt")},
+    "batches": _batches(20_480),
 }
 
 
@@ -86,8 +100,42 @@ def arguments(name: str) -> list[str]:
     return [*shlex.split(STUDIES[name]), "--output", f"runs/recipes/{name}"]
 
 
+@with_style
+def batch_sizes(folder: Path) -> Figure:
+    """Draws the accuracy by batch size and rule of scaling, the mean and each seed, from the table of the study `batches`.
+
+    Raises:
+      FileNotFoundError: there is no table.csv in the folder.
+    """
+    with open(folder / "table.csv", newline="") as file:
+        base, *rows = csv.DictReader(file)
+    lines = {rule: [(_BATCH, base)] for rule in _RULES}
+    for row in rows:
+        size = int(re.search(r"batch_size=(\d+)", row["change"])[1])  # type: ignore[index]
+        rule = "none" if "base_batch_size" not in row["change"] else "sqrt" if "sqrt" in row["change"] else "linear"
+        lines[rule].append((size, row))
+    figure = Figure((WIDTH, 2.8), layout="constrained")
+    axis = figure.subplots()
+    labels = ("the rate of 64", "times the factor", "times its root")
+    for line, label, colour, marker in zip(lines.values(), labels, COLOURS[:3], "osD", strict=True):
+        for seed in [name for name in base if name.startswith("seed ")]:
+            found = [(size, float(row[seed])) for size, row in line if row[seed]]
+            axis.plot(*zip(*found, strict=True), ".", color=colour, markersize=3, alpha=0.6)
+        found = [(size, float(row["mean"])) for size, row in line if row["mean"]]
+        axis.plot(*zip(*found, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([_BATCH, *_SIZES], [f"{size:,}" for size in (_BATCH, *_SIZES)])
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("test accuracy, %")
+    axis.legend(title="learning rate", loc="lower left")
+    return figure
+
+
 def main(argv: list[str]) -> int:
     """Runs a study; returns the exit status."""
+    if argv[:1] == ["--plot"] and len(argv) == 2:
+        tables.write_figure(Path(argv[1]) / "batch_sizes.svg", batch_sizes(Path(argv[1])))
+        return 0
     if argv == ["--list"]:
         print("\n".join(f"{name}: vit_jax ablate {shlex.join(arguments(name))}" for name in STUDIES))
         return 0

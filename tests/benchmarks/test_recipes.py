@@ -10,7 +10,7 @@ import pytest
 from benchmarks import recipes
 from vit_jax.config import difference
 from vit_jax.config_files import read
-from vit_jax.studies import ablate
+from vit_jax.studies import ablate, tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,11 +23,28 @@ def test_study_is_valid_and_prints_its_runs(name, capsys, monkeypatch, tmp_path)
 
 
 def test_batches_see_the_same_number_of_images():
-    *_, change = shlex.split(recipes.STUDIES["batch-linear"])
-    fields = dict(word.split("=") for word in change.split())
-    sizes, steps = (fields[name].split(",") for name in ("training.batch_size", "training.steps"))
-    assert {int(size) * int(count) for size, count in zip(sizes, steps, strict=True)} == {20_480}
-    assert fields["optimizer.rate_scaling"] == "linear"
+    changes = [change.split() for change in shlex.split(recipes.STUDIES["batches"]) if "training.batch_size" in change]
+    for change in changes:
+        fields = dict(word.split("=") for word in change)
+        sizes, steps = (fields[name].split(",") for name in ("training.batch_size", "training.steps"))
+        assert {int(size) * int(count) for size, count in zip(sizes, steps, strict=True)} == {20_480}
+    assert [change[3:] for change in changes] == [
+        [],
+        ["optimizer.base_batch_size=64"],
+        ["optimizer.base_batch_size=64", "optimizer.rate_scaling=sqrt"],
+    ]
+
+
+def test_plot_of_batch_sizes_has_a_line_for_each_rule_and_leaves_out_what_diverged(tmp_path):
+    changes = ("base", "training.batch_size=128", "training.batch_size=128 optimizer.base_batch_size=64")
+    scores = ((70, 72, 71), (60, 62, 61), ("", "", ""))
+    rows = [["change", "seed 42", "seed 43", "mean"], *([name, *found] for name, found in zip(changes, scores, strict=True))]
+    tables.write_csv(tmp_path / "table.csv", rows)
+    axis = recipes.batch_sizes(tmp_path).axes[0]
+    means = {line.get_label(): line.get_xydata().tolist() for line in axis.lines if not line.get_label().startswith("_")}
+    start = [64.0, 71.0]
+    assert means == {"the rate of 64": [start, [128.0, 61.0]], "times the factor": [start], "times its root": [start]}
+    assert recipes.main(["--plot", str(tmp_path)]) == 0 and (tmp_path / "batch_sizes.svg").read_text().startswith("<?xml")
 
 
 def test_best_recipe_is_that_of_its_config():

@@ -24,6 +24,7 @@ def run(*arguments: str, workdir: Path) -> dict[str, float]:
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.full
 def test_demo_gains_from_pre_training(tmp_path):
     """The first steps of configs/demo.py; all its steps reach its `run.expected`."""
     short = ("--config", "configs/demo.py", "--config.training.steps=16", "--config.optimizer.warmup_steps=2")

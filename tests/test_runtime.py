@@ -114,6 +114,7 @@ def test_full_disk_is_one_warning_and_leaves_no_entry(tmp_path):
     assert done.stderr == "" and len(entries(tmp_path)) == first["cache_misses"]
 
 
+@pytest.mark.slow
 def test_processes_at_once_share_a_cache(tmp_path):
     """Three processes compile the same programs into an empty cache."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -27,6 +27,7 @@ def test_row_holds_what_was_measured(monkeypatch):
     assert result.versions.keys() == {"jax", "flax", "optax"}
 
 
+@pytest.mark.slow
 def test_peer_that_is_not_installed_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not here')")
@@ -41,6 +42,7 @@ def test_our_failure_is_an_error():
         compare("train", parse([*NANO, "--batch", "9"]))
 
 
+@pytest.mark.slow
 def test_contestant_works_on_a_copy_of_the_state(pico):
     ours = Ours(Work.of(parse(pico), "train"), 20)
     run, about = ours.contestant()

@@ -83,6 +83,7 @@ def test_every_part_of_a_suite_is_a_command(suite):
         assert limit < 600 and total <= 25 * 60  # a part fits into a call of ten minutes
 
 
+@pytest.mark.slow
 def test_suite_continues_after_a_part_that_fails(tmp_path, monkeypatch, capsys):
     parts = {"bad": "train --model B/17", "slow": "loop --steps 100000000", "good": f"evaluation {' '.join(NANO)} --images 8"}
     monkeypatch.setitem(SUITES, "cpu", parts)

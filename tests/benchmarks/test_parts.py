@@ -24,7 +24,7 @@ def test_loop_is_compared_with_its_step(pico):  # on one device
     assert row["steps"] == 12 and row["overhead"] == pytest.approx(row["mean"] - row["alone"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_streamed_images_are_compared_with_resident_ones_and_with_decoding(pico, monkeypatch):
     monkeypatch.setattr(data, "_SHAPES", {"JPEG, small": [(50, 37), (37, 50)]})
     monkeypatch.setattr(stream, "number_of_workers", lambda wanted: 1)

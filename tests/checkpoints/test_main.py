@@ -138,6 +138,7 @@ def test_check_reads_all_values(capsys, tiny):
     assert "CRC" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_check_compares_stages_with_an_io_npz(capsys, tiny, tmp_path):
     model, params = load(tiny)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)

@@ -281,7 +281,7 @@ def test_embedded_excerpt_is_made_from_the_archive_byte_for_byte(shared, tmp_pat
 # ---- official data
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_official_cifar100_has_its_known_counts_and_statistics(prepared_cifar100):
     import tensorflow_datasets as tfds
 

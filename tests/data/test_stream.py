@@ -56,6 +56,7 @@ def excerpt():
     return open_split(task("cifar100_excerpt"), "train[:50]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["photos", "excerpt"])
 def test_workers_read_what_this_process_reads(request, name):
     source = request.getfixturevalue(name)
@@ -68,6 +69,7 @@ def test_workers_read_what_this_process_reads(request, name):
     assert_same(take(source, 9, first=5, limit=3), whole[5:])
 
 
+@pytest.mark.slow
 def test_killed_worker_is_replaced_and_no_batch_is_lost(excerpt, caplog):
     indices = functools.partial(batches.train_batch, len(excerpt), 16, 0)
     found = stream.read(excerpt, indices, 2)
@@ -87,6 +89,7 @@ class Deadly:
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_workers_that_always_die_are_an_error():
     with pytest.raises(DataError, match="end at every attempt .* exit code 3.*lower run.data_workers"):
         next(stream.read(Deadly(), lambda number: number, 1))

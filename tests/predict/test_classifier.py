@@ -269,6 +269,7 @@ def test_model_of_wide_images_is_supported(tmp_path, noise):
     assert classify.image_size == (16, 64) and classify.attention(noise()).shape == (1, 2, 8)
 
 
+@pytest.mark.slow
 def test_embedded_model_has_class_names_in_the_order_of_its_head():
     """The most frequent answer for classes that CIFAR-100 and Tiny-ImageNet share; another order of names gives others."""
     source = open_split(task("cifar100_excerpt"), "test")

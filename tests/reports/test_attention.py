@@ -129,6 +129,7 @@ def squares(count, seed):
     return images + draw.normal(scale=0.2, size=images.shape).astype(np.float32), classes, positions
 
 
+@pytest.mark.slow
 def test_rollout_peaks_at_what_a_trained_model_uses():
     model = build("B/8", patch_size=_PATCH, hidden_size=32, num_layers=2, num_heads=4, mlp_dim=64, num_classes=8)
     optimizer = optax.adam(3e-3)

@@ -45,6 +45,7 @@ def check_layout(browser, page: Path) -> None:
         assert {address.partition(":")[0] for address in asked if address != page.as_uri()} <= {"data"}
 
 
+@pytest.mark.slow
 def test_page_fits_the_window(run, browser):
     check_layout(browser, write(run, layers=[1]))
 
@@ -85,6 +86,7 @@ def make_long_run(run: Path, task: str, image_size: int, data_dir: str = "") -> 
     write_lines(run, lines)
 
 
+@pytest.mark.slow
 def test_page_of_the_demo_has_small_figures(run, browser):
     make_long_run(run, "cifar100_excerpt", 64)
     page = write(run)
@@ -96,7 +98,7 @@ def test_page_of_the_demo_has_small_figures(run, browser):
         assert (run / "figures" / f"{name}.png").stat().st_size < 200_000
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_page_of_all_of_cifar100_is_complete(run, prepared_cifar100, shared, browser):
     make_long_run(run, "cifar100", 32, str(prepared_cifar100))
     page = write(run)
@@ -112,6 +114,7 @@ def test_page_of_all_of_cifar100_is_complete(run, prepared_cifar100, shared, bro
     assert names == files["coarse_label_names.txt"].decode().split()
 
 
+@pytest.mark.slow
 def test_dark_mode_has_white_figures(run, tmp_path, browser):
     other = shutil.copytree(run, tmp_path / "other")
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}

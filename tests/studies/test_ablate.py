@@ -145,6 +145,7 @@ def test_dry_run_prints_runs_and_cost(source, tmp_path, capsys):
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_study_reads_no_test_image_and_writes_its_table(source, tmp_path, capsys, monkeypatch):
     opened, original = set(), splits.open_split
 

@@ -25,6 +25,7 @@ def arguments(output, checkpoint="mini_8", size="32"):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_probe_of_the_embedded_model(tmp_path, capsys):
     from vit_jax import load
     from vit_jax.transforms.preprocess import for_evaluation

@@ -101,7 +101,7 @@ def test_layouts_give_the_same_losses_and_parameters(
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
 
 
-@pytest.mark.slow  # RandAugment is compiled three times
+@pytest.mark.full  # RandAugment is compiled three times
 def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of):
     everything = Augment(crop="pad", randaugment_layers=2, erasing=0.5, mixup=0.4, cutmix=1.0)
     options = dict(steps=4, augment=everything, smoothing=0.1)
@@ -139,6 +139,7 @@ def tuned_losses(model, params, source, where: Layout):
     return np.array(found), where.gather(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "count", "mesh"), [("pmap", 8, ""), ("mesh", 8, ""), ("mesh", 8, "data:2,fsdp:4")])
 def test_layouts_give_the_same_adapters_averages_and_second_gradients(
     model_and_params, source_of, tuned_on_one_device, parallel, count, mesh
@@ -150,6 +151,7 @@ def test_layouts_give_the_same_adapters_averages_and_second_gradients(
     assert found[-1] != found[0]
 
 
+@pytest.mark.slow
 def test_state_saved_on_a_layout_resumes_on_any_other(model_and_params, source_of, on_one_device, tmp_path):
     """Each layout is resumed from once, and saves for the next."""
     source, state, found = source_of(50), None, []
@@ -203,6 +205,7 @@ def test_mesh_of_another_number_of_devices_is_refused():
         layout("mesh", 8, "data:4,fsdp:4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_streamed_batches_equal_resident_batches(model_and_params, source_of, parallel):
     expected, _ = losses(*model_and_params, source_of(50), layout(parallel, 8), steps=6, crop="none")
@@ -211,6 +214,7 @@ def test_streamed_batches_equal_resident_batches(model_and_params, source_of, pa
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_devices_under_pmap(model_and_params, source_of):
     """Else every device would drop the same values."""
     model, params = model_and_params

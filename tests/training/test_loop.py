@@ -105,6 +105,7 @@ def test_weights_are_written_from_the_host(config, tmp_path, monkeypatch):
     assert seen[0] == "best.npz" and seen[-1] == "final.npz"
 
 
+@pytest.mark.slow
 def test_loaded_model_knows_the_scaling_of_its_run(config, tmp_path):
     config.data.normalization, config.training.steps = "dataset", 3
     loop.train(config, tmp_path)
@@ -147,6 +148,7 @@ def test_signal_saves_and_the_run_goes_on(uninterrupted, config, tmp_path, monke
     assert shown == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "times"), [(4, 1), (4, 2), (12, 1), (12, 2)])
 def test_signal_ends_an_evaluation_which_the_next_start_makes(uninterrupted, config, tmp_path, monkeypatch, at, times):
     workdir, result = uninterrupted
@@ -262,6 +264,7 @@ def test_diverged_run_stops_with_advice(config, tmp_path, monkeypatch, name):
     assert not (tmp_path / "final.npz").exists() and not list(tmp_path.glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_run_from_random_weights_reads_the_remaining_fields(config, tmp_path):
     """The fields that no other run here sets are read, too."""
     config.model.checkpoint, config.model.variant = "", "Nano/8"
@@ -283,6 +286,7 @@ def test_preview_describes_the_run(config):
     assert "MiB a device" in text and "12 steps, about" in text
 
 
+@pytest.mark.slow
 def test_resolved_fields_are_written_and_kept(config, tmp_path, monkeypatch):
     config.training.steps, config.model.dtype = 4, "bfloat16"
     assert config.model.attention == "auto"
@@ -300,6 +304,7 @@ def test_resolved_fields_are_written_and_kept(config, tmp_path, monkeypatch):
         vit_jax.train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_remat_and_determinism_change_no_numbers(uninterrupted, config, tmp_path):
     config.run.remat = config.run.deterministic = True
     vit_jax.train(config, tmp_path)

@@ -156,6 +156,7 @@ MUON = {
 }
 
 
+@pytest.mark.slow
 def test_muon_of_attention_is_that_of_its_matrices():
     """optax.contrib.muon of the same values as matrices [D, heads · K] and [heads · K, D], Adam for all outside the blocks."""
     params = tree_of(MUON)

@@ -103,6 +103,7 @@ def test_validation_split_chooses_the_best_and_the_test_split_is_measured_once(v
     assert {name: result.metrics[name] for name in found} == found and "validation/loss" in found and "test/loss" in found
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(validated, tmp_path, monkeypatch):
     validated.optimizer.learning_rate, validated.training.patience = 1e-30, 1  # the first evaluation stays the best
     result = loop.train(validated, tmp_path / "whole")
@@ -136,6 +137,7 @@ def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(validated, tmp_p
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_epochs_are_written_out_as_steps(config, tmp_path):
     config.training.epochs = 1.5  # of 64 images: 6 steps of 16
     result = loop.train(config, tmp_path)
@@ -147,6 +149,7 @@ def test_epochs_are_written_out_as_steps(config, tmp_path):
         loop.train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_messages_and_page_say_which_split_a_figure_is_of(validated, tmp_path):
     result = loop.train(validated, tmp_path)
     text = report(validated, result.metrics)

@@ -24,6 +24,7 @@ def test_duration_has_units_people_use(seconds, text):
     assert duration(seconds) == text
 
 
+@pytest.mark.slow
 def test_preview_needs_no_download_of_a_known_architecture(config, monkeypatch, capsys, tmp_path):
     """An offline machine with an empty cache: the table knows the architecture, here a small one in the place of Ti/16's."""
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
@@ -54,6 +55,7 @@ def test_preview_leaves_other_weights_to_the_loader(config, name):
     assert preview.without_download(config) is config
 
 
+@pytest.mark.slow
 def test_validation_images_are_named_and_counted(config, monkeypatch):
     config.training.eval_every = 4
 

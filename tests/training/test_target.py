@@ -106,8 +106,11 @@ def test_share_of_the_memory_follows_the_environment(monkeypatch):
         target.usable(CARDS["h100"])
 
 
-@pytest.mark.parametrize("budget", [4096, 0])
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("microbatches", "budget"),
+    [(1, 0), (2, 4096), *(pytest.param(*case, marks=pytest.mark.full) for case in ((1, 4096), (2, 0)))],
+)
 def test_programs_and_arguments_are_those_of_the_run(config, budget, microbatches):
     """Both of splits that lie on the devices and of streamed ones; here for two devices of this machine."""
     config.data.train_split = config.data.test_split = ""

@@ -139,6 +139,7 @@ def test_ssf_is_after_each_dense_layer_and_layernorm():
     assert set(flat) == {f"{module}/{kind}" for module in modules for kind in ("scale", "shift")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["head", "attention", "frozen_embedding", "lora", "ssf"])
 def test_frozen_parameters_have_no_gradient_and_keep_their_values(tune):
     """And the gradients of the others are those of a run that trains everything."""
@@ -198,7 +199,7 @@ def tuned(config: Config, tune: str) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tune", ["lora", "ssf", "attention"])
+@pytest.mark.parametrize("tune", ["lora", *(pytest.param(tune, marks=pytest.mark.full) for tune in ("ssf", "attention"))])
 def test_tuned_run_resumes_exactly(config, tmp_path, monkeypatch, tune):
     """Ended after the state of step 5, it leaves the arrays and numbers of the run that was not."""
     config = tuned(config, tune)
@@ -233,6 +234,7 @@ def test_tuned_run_resumes_exactly(config, tmp_path, monkeypatch, tune):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_frozen_weights_of_a_run_are_those_of_its_checkpoint(config, tmp_path):
     config = tuned(config, "head")
     before, after = read_npz(config.model.checkpoint), loop.train(config, tmp_path).params

@@ -81,8 +81,8 @@ clean:  ## remove .venv, caches and what a build left; runs/ stays
 # $(call install,VENV,ARGUMENTS of pip install): with uv, which takes a fifth of pip's time; with pip where uv cannot be had or does
 # not find the packages, such as on a mirror that only pip's settings name.
 QUIET := --quiet --disable-pip-version-check
-install = { $(1)/bin/python -m pip install $(QUIET) uv && $(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2); } \
-	2>/dev/null || $(1)/bin/python -m pip install $(QUIET) $(2)
+install = { { $(1)/bin/python -m pip install $(QUIET) uv && $(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2); } \
+	2>/dev/null || $(1)/bin/python -m pip install $(QUIET) $(2); }
 # $(call extra,NAME[,PYTHON]): prints the requirements of an extra of pyproject.toml, a line each.
 extra = $(or $(2),$(RUN)) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
 
@@ -109,7 +109,7 @@ lowest = sed -nE '/^(\#|$$)/d; s/^([[:alnum:]_-]+)>=([0-9.]+).*/\1==\2/p; t; q1'
 	@rm -rf .venv-gpu-program; if [ -x $(LOWEST) ]; then \
 		jax=$$($(LOWEST) -c "import jax; print(jax.__version__)"); packages=$$(ls -d $$PWD/.venv-lowest/lib/python*/site-packages); \
 		$(LOWEST) -m venv .venv-gpu-program && echo "$$packages" >$$(ls -d .venv-gpu-program/lib/python*/site-packages)/lowest.pth && \
-		{ $(call install,.venv-gpu-program,--no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax); } && \
+		$(call install,.venv-gpu-program,--no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax) && \
 		touch $@; \
 	fi || true
 

@@ -72,7 +72,7 @@ recipes: product  ## the studies of docs/recipes.md that a CPU can do: several h
 	for study in changes combinations best batches; do $(RUN) -m benchmarks.recipes $$study; done
 
 recipes-gpu: product  ## those that want a GPU: CIFAR-100 from scratch with three seeds, and single changes at ten times the steps
-	for study in scratch-gpu changes-gpu; do $(RUN) -m benchmarks.recipes $$study; done
+	for study in scratch-optimizers-gpu scratch-gpu changes-gpu; do $(RUN) -m benchmarks.recipes $$study; done
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays
 	rm -rf .venv .venv-lowest .venv-newest .venv-gpu-program build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

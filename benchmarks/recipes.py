@@ -85,11 +85,26 @@ def _batches(images: int) -> str:
     return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 {varied}"
 
 
+# What the optimizer of configs/cifar100_scratch.py was chosen from, with all of DeiT's augmentations (Touvron et al. 2021).
+_DEIT = ("augment.randaugment_magnitude=15.0", "augment.erasing=0.25", "augment.mixup=0.8", "optimizer.warmup_steps=300")
+_OPTIMIZERS = (
+    "optimizer.learning_rate=0.001,0.004",
+    "optimizer.name=adamw optimizer.momentum=0.9 optimizer.learning_rate=0.001,0.002",
+)
+
+
+def _scratch(epochs: int, changes: Sequence[str]) -> str:
+    fixed = " ".join(f"--config {field}" for field in (f"training.epochs={epochs}", *_DEIT))
+    varied = " ".join(f"--vary {shlex.quote(change)}" for change in changes)
+    return f"configs/cifar100_scratch.py {fixed} --held_out 'train[90%:]' --seeds 1 {varied}"
+
+
 STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end in -gpu want a GPU
     "changes": _changes(200, seeds=2),
     "combinations": _changes(200, seeds=2, changes=_COMBINATIONS),
     "best": _changes(1000, seeds=2, changes=[BEST], held_out=""),  # the report's steps, on the test images
     "changes-gpu": _changes(2000, seeds=3),
+    "scratch-optimizers-gpu": _scratch(14, _OPTIMIZERS),
     "scratch-gpu": "configs/cifar100_scratch.py --seeds 3",
     "batches": _batches(20_480),
 }

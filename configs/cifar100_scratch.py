@@ -2,12 +2,13 @@
 
     python main.py --config configs/cifar100_scratch.py
 
-200 epochs in batches of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from
-the augmentations that images may be moved, cut and mixed. Mixup, CutMix, erasing, label smoothing, stochastic depth and
-weight decay have the values of DeiT (Touvron et al. 2021), RandAugment those of AugReg's "medium" (Steiner et al. 2021).
+150 epochs in batches of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from
+the augmentations that images may be moved, cut and mixed. CutMix, label smoothing, stochastic depth, weight decay and the
+magnitude of RandAugment have the values of DeiT (Touvron et al. 2021); half of the pairs are nearly unmixed (mixup 0.2).
 
-**Not yet measured: the project has had no GPU so far.** `python -m benchmarks.recipes scratch-gpu` trains three seeds. Choose
-on `vit_jax ablate --held_out 'train[90%:]'`, not on test images. For a CPU, see configs/cifar100_nano.py.
+**Its accuracy is not measured yet.** Held-out images chose Muon (docs/recipes.md). On an H200, three seeds at once train with
+44,100 images/s together, so a run has about 3 minutes of steps. `python -m benchmarks.recipes scratch-gpu` trains three seeds.
+Choose on `vit_jax ablate --held_out 'train[90%:]'`, not on test images. For a CPU, see configs/cifar100_nano.py.
 """
 
 from vit_jax import Config
@@ -23,15 +24,15 @@ def get_config() -> Config:
     config.augment.crop = "pad"
     config.augment.flip = True
     config.augment.randaugment_layers = 2
-    config.augment.randaugment_magnitude = 15.0
-    config.augment.erasing = 0.25
-    config.augment.mixup = 0.8
+    config.augment.randaugment_magnitude = 9.0
+    config.augment.mixup = 0.2
     config.augment.cutmix = 1.0
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 1000
+    config.optimizer.name = "muon"
+    config.optimizer.momentum = 0.95
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 500
     config.optimizer.weight_decay = 0.05
-    config.training.epochs = 200
+    config.training.epochs = 150
     config.training.batch_size = 512
     config.training.label_smoothing = 0.1
     config.training.eval_every = 5000

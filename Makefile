@@ -28,15 +28,16 @@ test-full: tools  ## all tests, optimised, with samples in full size: damaged fi
 	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all $(RUN) $(PYTEST)
 
 LOWEST := .venv-lowest/bin/python
-# What is compared with the original, once in CI: optimised as users' programs are, with the newest versions.
-NUMBERS := tests/formats/test_oracles.py tests/training/test_step.py tests/training/test_bfloat16.py
-test-lowest: .venv-lowest/.tools  ## all tests of CI but those against the original with the lowest versions of the requirements, on Python 3.11
+# Where rounding or the version of a library matters most: compiled as users' programs are, and in CI with the newest versions only.
+NUMBERS := tests/formats/test_oracles.py tests/training/test_step.py tests/training/test_bfloat16.py tests/training/test_optimizer.py \
+	tests/transforms/test_geometry.py tests/transforms/test_colour.py
+test-lowest: .venv-lowest/.tools  ## with the lowest versions of the requirements, on Python 3.11: all tests but those marked `full` and the NUMBERS
 	@if [ -x $(LOWEST) ]; then $(LOWEST) $(PYTEST) -m "not full" $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-lowest is skipped: no Python 3.11 here"; fi
 
 NEWEST := .venv-newest/bin/python
-test-newest: .venv-newest/.tools  ## those against the original, optimised, and the first case of each other quick test, with the newest versions, on Python 3.13 (else 3.12)
-	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) $(NUMBERS) \
+test-newest: .venv-newest/.tools  ## with the newest versions, on Python 3.13 (else 3.12): the NUMBERS, optimised, and the first case of each other quick test
+	@if [ -x $(NEWEST) ]; then $(OPTIMIZED) $(NEWEST) $(PYTEST) -m "not full" $(NUMBERS) \
 		&& $(NEWEST) $(PYTEST) -m $(QUICK) --first-cases $(addprefix --ignore=,$(NUMBERS)); \
 	else echo "test-newest is skipped: neither Python 3.13 nor 3.12 here"; fi
 
@@ -71,7 +72,7 @@ benchmark-gpu: engine  ## the same on this machine's GPU, next to timm if it is 
 recipes: product  ## the studies of docs/recipes.md that a CPU can do: several hours on 2 cores; they go on if they are ended
 	for study in changes combinations best batches; do $(RUN) -m benchmarks.recipes $$study; done
 
-recipes-gpu: product  ## those that want a GPU: CIFAR-100 from scratch with three seeds, and single changes at ten times the steps
+recipes-gpu: product  ## those that want a GPU: optimizers and three seeds of CIFAR-100 from scratch, and single changes at ten times the steps
 	for study in scratch-optimizers-gpu scratch-gpu changes-gpu; do $(RUN) -m benchmarks.recipes $$study; done
 
 clean:  ## remove .venv, caches and what a build left; runs/ stays
@@ -79,10 +80,10 @@ clean:  ## remove .venv, caches and what a build left; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,VENV,ARGUMENTS of pip install): with uv, which takes a fifth of pip's time; with pip where uv cannot be had or does
-# not find the packages, such as on a mirror that only pip's settings name.
+# not find the packages, and where pip's settings, which uv does not read, name an index in the place of PyPI.
 QUIET := --quiet --disable-pip-version-check
-install = { { $(1)/bin/python -m pip install $(QUIET) uv && $(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2); } \
-	2>/dev/null || $(1)/bin/python -m pip install $(QUIET) $(2); }
+install = { { ! $(1)/bin/python -m pip config list | grep -Eq '[.](index-url|no-index)=' && $(1)/bin/python -m pip install $(QUIET) uv \
+	&& $(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2); } 2>/dev/null || $(1)/bin/python -m pip install $(QUIET) $(2); }
 # $(call extra,NAME[,PYTHON]): prints the requirements of an extra of pyproject.toml, a line each.
 extra = $(or $(2),$(RUN)) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
 

@@ -12,7 +12,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # Most of the tests' time is compilation, which takes half as long without optimisations. With
-# VIT_JAX_TEST_OPTIMIZED=1 they are compiled as users' programs are; CI does so on one of its two versions of Python.
+# VIT_JAX_TEST_OPTIMIZED=1 they are compiled as users' programs are; CI does so for the files of NUMBERS in the Makefile.
 NOT_OPTIMIZED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions end at this flag, which halves what is left
     NOT_OPTIMIZED += " --xla_cpu_use_fusion_emitters=false"

@@ -101,9 +101,10 @@ def test_layouts_give_the_same_losses_and_parameters(
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
 
 
-@pytest.mark.full  # RandAugment is compiled three times
-def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of):
-    everything = Augment(crop="pad", randaugment_layers=2, erasing=0.5, mixup=0.4, cutmix=1.0)
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [0, pytest.param(2, marks=pytest.mark.full)])  # RandAugment is compiled three times
+def test_layouts_give_the_same_losses_with_all_augmentations(model_and_params, source_of, layers):
+    everything = Augment(crop="pad", randaugment_layers=layers, erasing=0.5, mixup=0.4, cutmix=1.0)
     options = dict(steps=4, augment=everything, smoothing=0.1)
     expected, state = losses(*model_and_params, source_of(50), layout("mesh", 1), **options)
     plain, _ = losses(*model_and_params, source_of(50), layout("mesh", 1), **options | {"augment": Augment()})

@@ -199,7 +199,7 @@ def tuned(config: Config, tune: str) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tune", ["lora", *(pytest.param(tune, marks=pytest.mark.full) for tune in ("ssf", "attention"))])
+@pytest.mark.parametrize("tune", ["lora", pytest.param("ssf", marks=pytest.mark.full), "attention"])
 def test_tuned_run_resumes_exactly(config, tmp_path, monkeypatch, tune):
     """Ended after the state of step 5, it leaves the arrays and numbers of the run that was not."""
     config = tuned(config, tune)

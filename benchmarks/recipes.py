@@ -8,14 +8,15 @@ import csv
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from vit_jax import cli
-from vit_jax.reports.canvas import COLOURS, WIDTH, with_style
-from vit_jax.studies import ablate, tables
+from vit_jax.studies import ablate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The report's run from the embedded checkpoint, so that a CPU can repeat it: 32 px are 16 patches of 8.
 _SMALL = "configs/cifar100_b16.py --config model.checkpoint=mini_8 --config data.image_size=32"
@@ -58,16 +59,19 @@ def _changes(steps: int, seeds: int, changes: Sequence[str] = _CHANGES, held_out
     length = (
         f"--config training.steps={steps} --config optimizer.warmup_steps={steps // 10} --config training.save_every={steps}"
     )
-    varied = " ".join(f"--vary {shlex.quote(change)}" for change in changes)
-    return f"{_SMALL} {length} {held_out} --seeds {seeds} {varied}"
+    return f"{_SMALL} {length} {held_out} --seeds {seeds} {_vary(changes)}"
+
+
+def _vary(changes: Iterable[str]) -> str:
+    return " ".join(f"--vary {shlex.quote(change)}" for change in changes)
 
 
 _BATCH = 64  # the report's
 _SIZES = [_BATCH * 2**power for power in range(1, 6)]
-_RULES = {
-    "none": "",
-    "linear": " optimizer.base_batch_size=64",
-    "sqrt": " optimizer.base_batch_size=64 optimizer.rate_scaling=sqrt",
+_RULES = {  # the label in the figure → what is added to a change; the longest first, since a row is known by its ending
+    "times its root": f" optimizer.base_batch_size={_BATCH} optimizer.rate_scaling=sqrt",
+    "times the factor": f" optimizer.base_batch_size={_BATCH}",
+    f"the rate of {_BATCH}": "",
 }
 
 
@@ -81,22 +85,22 @@ def _batches(images: int) -> str:
     }
     change = " ".join(f"{name}={','.join(map(str, values))}" for name, values in fields.items())
     start = f"--config training.steps={images // _BATCH} --config optimizer.warmup_steps={images // _BATCH // 10}"
-    varied = " ".join(f"--vary {shlex.quote(change + scaled)}" for scaled in _RULES.values())
+    varied = _vary(change + scaled for scaled in reversed(_RULES.values()))
     return f"configs/demo.py --config data.image_size=32 {start} --seeds 2 {varied}"
 
 
-# What the optimizer of configs/cifar100_scratch.py was chosen from, with all of DeiT's augmentations (Touvron et al. 2021).
-_DEIT = ("augment.randaugment_magnitude=15.0", "augment.erasing=0.25", "augment.mixup=0.8", "optimizer.warmup_steps=300")
+# What the optimizer of configs/cifar100_scratch.py was chosen from: RandAugment as AugReg's "medium", the rest as DeiT has it.
+_STRONG = ("augment.randaugment_magnitude=15.0", "augment.erasing=0.25", "augment.mixup=0.8")
 _OPTIMIZERS = (
     "optimizer.learning_rate=0.001,0.004",
     "optimizer.name=adamw optimizer.momentum=0.9 optimizer.learning_rate=0.001,0.002",
 )
 
 
-def _scratch(epochs: int, changes: Sequence[str]) -> str:
-    fixed = " ".join(f"--config {field}" for field in (f"training.epochs={epochs}", *_DEIT))
-    varied = " ".join(f"--vary {shlex.quote(change)}" for change in changes)
-    return f"configs/cifar100_scratch.py {fixed} --held_out 'train[90%:]' --seeds 1 {varied}"
+def _scratch(steps: int, changes: Sequence[str]) -> str:
+    length = ("training.epochs=0", f"training.steps={steps}", "optimizer.warmup_steps=300")
+    fixed = " ".join(f"--config {field}" for field in (*length, *_STRONG))
+    return f"configs/cifar100_scratch.py {fixed} --held_out 'train[90%:]' --seeds 1 {_vary(changes)}"
 
 
 STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end in -gpu want a GPU
@@ -104,7 +108,7 @@ STUDIES = {  # name → the arguments of `vit_jax ablate`; those whose names end
     "combinations": _changes(200, seeds=2, changes=_COMBINATIONS),
     "best": _changes(1000, seeds=2, changes=[BEST], held_out=""),  # the report's steps, on the test images
     "changes-gpu": _changes(2000, seeds=3),
-    "scratch-optimizers-gpu": _scratch(14, _OPTIMIZERS),
+    "scratch-optimizers-gpu": _scratch(1231, _OPTIMIZERS),
     "scratch-gpu": "configs/cifar100_scratch.py --seeds 3",
     "batches": _batches(20_480),
 }
@@ -115,29 +119,30 @@ def arguments(name: str) -> list[str]:
     return [*shlex.split(STUDIES[name]), "--output", f"runs/recipes/{name}"]
 
 
-@with_style
-def batch_sizes(folder: Path) -> Figure:
+def batch_sizes(folder: Path) -> "Figure":
     """Draws the accuracy by batch size and rule of scaling, the mean and each seed, from the table of the study `batches`.
 
     Raises:
       FileNotFoundError: there is no table.csv in the folder.
     """
+    from matplotlib.figure import Figure
+
+    from vit_jax.reports.canvas import COLOURS, WIDTH
+
     with open(folder / "table.csv", newline="") as file:
         base, *rows = csv.DictReader(file)
-    lines = {rule: [(_BATCH, base)] for rule in _RULES}
+    lines = {label: [(_BATCH, base)] for label in reversed(_RULES)}
     for row in rows:
         size = int(re.search(r"batch_size=(\d+)", row["change"])[1])  # type: ignore[index]
-        rule = "none" if "base_batch_size" not in row["change"] else "sqrt" if "sqrt" in row["change"] else "linear"
-        lines[rule].append((size, row))
+        lines[next(label for label, added in _RULES.items() if row["change"].endswith(added))].append((size, row))
     figure = Figure((WIDTH, 2.8), layout="constrained")
     axis = figure.subplots()
-    labels = ("the rate of 64", "times the factor", "times its root")
-    for line, label, colour, marker in zip(lines.values(), labels, COLOURS[:3], "osD", strict=True):
+    for (label, line), colour, marker in zip(lines.items(), COLOURS[:3], "osD", strict=True):
         for seed in [name for name in base if name.startswith("seed ")]:
             found = [(size, float(row[seed])) for size, row in line if row[seed]]
-            axis.plot(*zip(*found, strict=True), ".", color=colour, markersize=3, alpha=0.6)
+            axis.plot(*_columns(found), ".", color=colour, markersize=3, alpha=0.6)
         found = [(size, float(row["mean"])) for size, row in line if row["mean"]]
-        axis.plot(*zip(*found, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+        axis.plot(*_columns(found), color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks([_BATCH, *_SIZES], [f"{size:,}" for size in (_BATCH, *_SIZES)])
     axis.set_xlabel("batch size")
@@ -146,10 +151,17 @@ def batch_sizes(folder: Path) -> Figure:
     return figure
 
 
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [size for size, _ in points], [score for _, score in points]
+
+
 def main(argv: list[str]) -> int:
     """Runs a study; returns the exit status."""
     if argv[:1] == ["--plot"] and len(argv) == 2:
-        tables.write_figure(Path(argv[1]) / "batch_sizes.svg", batch_sizes(Path(argv[1])))
+        from vit_jax.reports.canvas import with_style
+        from vit_jax.studies import tables
+
+        tables.write_figure(Path(argv[1]) / "batch_sizes.svg", with_style(batch_sizes)(Path(argv[1])))
         return 0
     if argv == ["--list"]:
         print("\n".join(f"{name}: vit_jax ablate {shlex.join(arguments(name))}" for name in STUDIES))

@@ -4,10 +4,10 @@
 
 150 epochs in batches of 512 images at 32 px, 64 patches of 4×4 pixels an image. Without pre-training, a ViT has to learn from
 the augmentations that images may be moved, cut and mixed. CutMix, label smoothing, stochastic depth, weight decay and the
-magnitude of RandAugment have the values of DeiT (Touvron et al. 2021); half of the pairs are nearly unmixed (mixup 0.2).
+magnitude of RandAugment have the values of DeiT (Touvron et al. 2021). Each pair of images gets CutMix or a light mixup.
 
 **Its accuracy is not measured yet.** Held-out images chose Muon (docs/recipes.md). On an H200, three seeds at once train with
-44,100 images/s together, so a run has about 3 minutes of steps. `python -m benchmarks.recipes scratch-gpu` trains three seeds.
+44,100 images/s together, so their steps take 9 minutes. `python -m benchmarks.recipes scratch-gpu` trains three seeds.
 Choose on `vit_jax ablate --held_out 'train[90%:]'`, not on test images. For a CPU, see configs/cifar100_nano.py.
 """
 

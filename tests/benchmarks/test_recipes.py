@@ -47,6 +47,13 @@ def test_plot_of_batch_sizes_has_a_line_for_each_rule_and_leaves_out_what_diverg
     assert recipes.main(["--plot", str(tmp_path)]) == 0 and (tmp_path / "batch_sizes.svg").read_text().startswith("<?xml")
 
 
+def test_plot_of_a_study_without_its_second_seed_leaves_that_out(tmp_path):
+    rows = [["change", "seed 42", "seed 43", "mean"], ["base", 70, "", 70], ["training.batch_size=128", 60, "", 60]]
+    tables.write_csv(tmp_path / "table.csv", rows)
+    axis = recipes.batch_sizes(tmp_path).axes[0]
+    assert sorted({tuple(point) for line in axis.lines for point in line.get_xydata().tolist()}) == [(64, 70), (128, 60)]
+
+
 def test_best_recipe_is_that_of_its_config():
     """The configuration of docs/recipes.md's figure, but for how often it is evaluated and saved."""
     arguments = recipes.arguments("best")

@@ -80,9 +80,10 @@ clean:  ## remove .venv, caches and what a build left; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,VENV,ARGUMENTS of pip install): with uv, which takes a fifth of pip's time; with pip where uv cannot be had or does
-# not find the packages, and where pip's settings, which uv does not read, name an index in the place of PyPI.
+# not find the packages, and where pip's settings, which uv does not read, name an index in the place of PyPI. grep reads to
+# the end, because pip would fail at a closed pipe, and so would the pipeline.
 QUIET := --quiet --disable-pip-version-check
-install = { { ! $(1)/bin/python -m pip config list | grep -Eq '[.](index-url|no-index)=' && $(1)/bin/python -m pip install $(QUIET) uv \
+install = { { ! $(1)/bin/python -m pip config list | grep -E '[.](index-url|no-index)=' >/dev/null && $(1)/bin/python -m pip install $(QUIET) uv \
 	&& $(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2); } 2>/dev/null || $(1)/bin/python -m pip install $(QUIET) $(2); }
 # $(call extra,NAME[,PYTHON]): prints the requirements of an extra of pyproject.toml, a line each.
 extra = $(or $(2),$(RUN)) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"

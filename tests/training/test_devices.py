@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vit_jax.config import Augment, Config, Model, Optimizer, Run
@@ -99,6 +100,24 @@ def test_layouts_give_the_same_losses_and_parameters(
     for leaf, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         assert leaf.shape == like.shape  # no device axis
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_training_step_is_traced_once(model_and_params, source_of, parallel):
+    """A state that a step gives back lies on the devices as the first one does; else the second step would be compiled, too."""
+    model, params = model_and_params
+    where, traced, plain = layout(parallel, 8), [], optimizers.build(Optimizer(accumulator_dtype="float32"), 3)
+
+    def update(*given, **more):
+        traced.append(parallel)
+        return plain.update(*given, **more)
+
+    optimizer = optax.GradientTransformationExtraArgs(plain.init, update)
+    step = program.build(model, Augment(), optimizer, where, 0, 8).train_step
+    state, feed = where.put(create(params, optimizer)), Feed(source_of(50), where, EVERYTHING)
+    for _, batch in zip(range(3), feed.train(16, 1, 0, 0), strict=False):
+        state, _ = step(state, batch, feed.data)
+    assert traced == [parallel]
 
 
 @pytest.mark.slow

@@ -32,7 +32,6 @@ from vit_jax.config import DATA, FSDP, Run, mesh_sizes
 from vit_jax.errors import ConfigError
 from vit_jax.runtime import compiler_options, has_nvidia_driver
 
-_BATCH = (DATA, FSDP)
 # Bytes of gradients that a GPU sums over the axis fsdp at once. XLA would sum all of them in one operation after the backward
 # pass; in pieces, those of the last blocks are summed while the pass goes on with the others.
 _PIECE = 2**25
@@ -57,18 +56,22 @@ class Layout:
         sizes = mesh_sizes(mesh) or {DATA: len(self.devices)}
         if (product := math.prod(sizes.values())) != len(self.devices):
             raise ConfigError(f"run.mesh = {mesh!r} is of {product} devices, and there are {len(self.devices)}")
-        self._options = self._compiler_options(sizes.get(FSDP, 1), deterministic)
+        self._shares = sizes.get(FSDP, 1)  # of a parameter
+        self._options = self._compiler_options(deterministic)
         self._shardings: dict[tuple[Any, ...], NamedSharding] = {}
-        shape = tuple(sizes.get(axis, 1) for axis in _BATCH)
-        self.mesh = jax.make_mesh(shape, _BATCH, axis_types=(AxisType.Auto,) * 2, devices=self.devices)
+        # The axes of a batch. pmap has one mesh of its axis: with another mesh here, it would compile the step twice, for the
+        # first state and for those that it gives back.
+        self._batch = (DATA,) if self.pmap else (DATA, FSDP)
+        shape = tuple(sizes.get(axis, 1) for axis in self._batch)
+        self.mesh = jax.make_mesh(shape, self._batch, axis_types=(AxisType.Auto,) * len(shape), devices=self.devices)
         self._replicate = jax.jit(lambda leaf: leaf, out_shardings=self._sharding())
-        self._take_apart = jax.jit(_take_apart, out_shardings=self._sharding(None, _BATCH))
+        self._take_apart = jax.jit(_take_apart, out_shardings=self._sharding(None, self._batch))
 
-    def _compiler_options(self, shares: int, deterministic: bool) -> dict[str, Any] | None:
+    def _compiler_options(self, deterministic: bool) -> dict[str, Any] | None:
         platform = self.devices[0].platform
         options = compiler_options(platform, deterministic)
-        if platform == "gpu" and shares > 1:  # XLA counts the bytes of a device's share
-            return {**(options or {}), "xla_gpu_reduce_scatter_combine_threshold_bytes": _PIECE // shares}
+        if platform == "gpu" and self._shares > 1:  # XLA counts the bytes of a device's share
+            return {**(options or {}), "xla_gpu_reduce_scatter_combine_threshold_bytes": _PIECE // self._shares}
         return options
 
     def _sharding(self, *spec: Any) -> NamedSharding:
@@ -78,8 +81,7 @@ class Layout:
 
     def _state_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """How an array of the parameters or the optimizer's state is shared; a parameter and its momentum have one shape."""
-        size = self.mesh.shape[FSDP]
-        divided = [axis for axis, length in enumerate(shape) if size > 1 and length and length % size == 0]
+        divided = [axis for axis, length in enumerate(shape) if self._shares > 1 and length and length % self._shares == 0]
         if not divided:
             return self._sharding()
         largest = max(divided, key=lambda axis: shape[axis])
@@ -89,7 +91,7 @@ class Layout:
         """The devices and how they are used: "1 CPU", "8 CPUs, pmap", "8 CPUs as data:4,fsdp:2 on 2 hosts"."""
         count, kind = len(self.devices), self.devices[0].device_kind
         name = "CPU" if kind == "cpu" else kind
-        mesh = f" as {','.join(f'{axis}:{size}' for axis, size in self.mesh.shape.items())}" * (self.mesh.shape[FSDP] > 1)
+        mesh = f" as {','.join(f'{axis}:{size}' for axis, size in self.mesh.shape.items())}" * (self._shares > 1)
         hosts = f" on {self._hosts} hosts" * (self._hosts > 1)
         return f"{count} {name}{'s' * (count > 1)}{mesh}{hosts}{', pmap' if self.pmap else ''}"
 
@@ -97,7 +99,7 @@ class Layout:
         """How the arrays of a state and a batch are shared, in one sentence; the leaves of the state need only shapes."""
         if len(self.devices) == 1:
             return "everything on the one device"
-        if self.mesh.shape[FSDP] == 1:
+        if self._shares == 1:
             return f"batch over {DATA}:{len(self.devices)}; parameters and optimizer state whole on every device"
         leaves = jax.tree.leaves(self.abstract(state))
         whole = sum(leaf.sharding.is_fully_replicated for leaf in leaves)
@@ -135,7 +137,7 @@ class Layout:
         """The rows of a batch of `size` that lie on the devices of this host, in their order."""
         if self._hosts == 1:
             return np.arange(size)
-        places = self._sharding(_BATCH).addressable_devices_indices_map((size,)).values()
+        places = self._sharding(self._batch).addressable_devices_indices_map((size,)).values()
         return np.unique(np.concatenate([np.arange(size)[place] for place in places if place]))
 
     def _place(self, tree: Any, shardings: Any) -> Any:
@@ -167,7 +169,7 @@ class Layout:
         On several hosts, the argument has this host's `rows` only.
         """
 
-        sharding = self._sharding(*[None] * axis, _BATCH)
+        sharding = self._sharding(*[None] * axis, self._batch)
         if self._hosts > 1:
             with jax.transfer_guard("allow"):  # JAX takes it for implicit
                 return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), batch)
@@ -200,7 +202,7 @@ class Layout:
 
     def abstract_batch(self, batch: Any, axis: int = 0) -> Any:
         """The same of `put_batch`."""
-        return jax.tree.map(lambda leaf: _abstract(leaf, self._sharding(*[None] * axis, _BATCH)), batch)
+        return jax.tree.map(lambda leaf: _abstract(leaf, self._sharding(*[None] * axis, self._batch)), batch)
 
     def gathered(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """forward(params, …) of whole parameters as a function of parameters that are shared, as are its gradients."""
@@ -246,7 +248,7 @@ class Layout:
         if self.pmap:
             mapped = jax.pmap(forward, DATA, in_axes=(None, 0, None), devices=self.devices)
             return lambda *args: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(*args))
-        out = self._sharding() if self._hosts > 1 else self._sharding(_BATCH)  # every host reads all results
+        out = self._sharding() if self._hosts > 1 else self._sharding(self._batch)  # every host reads all results
         return jax.jit(self.gathered(forward), out_shardings=out, compiler_options=self._options)
 
     def gather(self, tree: Any) -> Any:

@@ -24,8 +24,9 @@ QUICK = "not slow and not full"
 test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m $(QUICK)
 
-test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds
+test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds; and all programs of GPUs
 	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all $(RUN) $(PYTEST)
+	$(MAKE) test-gpu-program PROGRAMS=
 
 LOWEST := .venv-lowest/bin/python
 # Where rounding or the version of a library matters most: compiled as users' programs are, and in CI with the newest versions only.
@@ -46,8 +47,9 @@ test-interop: interop  ## the same weights in timm, Hugging Face and ONNX Runtim
 
 # JAX's plug-in writes to standard error whenever JAX is imported, so it has a separate environment on top of that of test-lowest.
 PLUGIN := .venv-gpu-program/bin/python
-test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 4 minutes on 2 cores
-	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=5 tests/gpu_program; \
+PROGRAMS = -m "not full"
+test-gpu-program: .venv-gpu-program/.tools  ## the training step, compiled for GPUs that are only described: at most 3 minutes on 2 cores
+	@if [ -e $< ]; then $(OPTIMIZED) $(PLUGIN) -m pytest -n 0 --durations=5 $(PROGRAMS) tests/gpu_program; \
 	else echo "test-gpu-program is skipped: no Python 3.11 here, or jax-cuda12-plugin cannot be installed"; fi
 
 RUNS := 100

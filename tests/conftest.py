@@ -14,21 +14,24 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 # Most of the tests' time is compilation, which takes half as long without optimisations. With
 # VIT_JAX_TEST_OPTIMIZED=1 they are compiled as users' programs are; CI does so for the files of NUMBERS in the Makefile.
 NOT_OPTIMIZED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+NOT_OPTIMIZED += " --xla_cpu_parallel_codegen_split_count=1"  # the processes share the cores
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions end at this flag, which halves what is left
     NOT_OPTIMIZED += " --xla_cpu_use_fusion_emitters=false"
 if os.environ.get("VIT_JAX_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += NOT_OPTIMIZED
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# What one test compiled, another does not compile again; the folder goes with this process.
-_CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
+# What one test compiled, no other compiles again, in any process: the workers of pytest-xdist and what tests start inherit the
+# folder of the first process, with which it goes. JAX finds a program only under the same path of the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 # No test leaves this machine or looks into what its user has fetched: other hosts are behind a proxy that is not there.
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
     os.environ[name] = "http://127.0.0.1:9"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
-os.environ["VIT_JAX_CACHE"] = str(Path(_CACHE.name) / "checkpoints")
-os.environ["HF_HOME"] = str(Path(_CACHE.name) / "hub")
+_USER = Path(os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ.get("PYTEST_XDIST_WORKER", "user"))
+os.environ["VIT_JAX_CACHE"], os.environ["HF_HOME"] = str(_USER / "checkpoints"), str(_USER / "hub")
 
 # `nohup` and shells that start background jobs let a process ignore Ctrl-C, and what it starts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -23,7 +23,11 @@ RUNS = {f"{name}, {card}": dict(card=card, **fields) for name, fields in MODELS.
 LAYERS = {"B/16": 12, "L/16": 24}
 
 
-@pytest.fixture(params=RUNS)
+# One model on each card and each model on one are compiled in CI.
+FULL = ("L/16, remat, a100", "B/16, 256, a100")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in RUNS])
 def run(request, plans):
     return RUNS[request.param], plans[request.param]
 

@@ -102,11 +102,11 @@ def test_layouts_give_the_same_losses_and_parameters(
         assert leaf.sharding.is_fully_replicated or "fsdp" in mesh
 
 
-@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-def test_training_step_is_traced_once(model_and_params, source_of, parallel):
+@pytest.mark.parametrize(("parallel", "mesh"), [("mesh", ""), ("mesh", "data:2,fsdp:4"), ("pmap", "")])
+def test_training_step_is_traced_once(model_and_params, source_of, parallel, mesh):
     """A state that a step gives back lies on the devices as the first one does; else the second step would be compiled, too."""
     model, params = model_and_params
-    where, traced, plain = layout(parallel, 8), [], optimizers.build(Optimizer(accumulator_dtype="float32"), 3)
+    where, traced, plain = layout(parallel, 8, mesh), [], optimizers.build(Optimizer(accumulator_dtype="float32"), 3)
 
     def update(*given, **more):
         traced.append(parallel)

@@ -26,7 +26,7 @@ test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 
 test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds; and all programs of GPUs
 	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all $(RUN) $(PYTEST)
-	$(MAKE) test-gpu-program PROGRAMS=
+	$(if $(filter command line,$(origin PYTHON)),,$(MAKE) test-gpu-program PROGRAMS=)
 
 LOWEST := .venv-lowest/bin/python
 # Where rounding or the version of a library matters most: compiled as users' programs are, and in CI with the newest versions only.

@@ -226,8 +226,10 @@ def agree(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hosts_give_the_numbers_of_one_process(file, two_hosts, written):
+def test_hosts_give_the_numbers_of_one_process(file, two_hosts, written, monkeypatch):
     """Images on the devices and streamed, with and without FSDP; the files are the same, and only host 0 writes them."""
+    one_device = hosts.jax.devices()[:1]
+    monkeypatch.setattr(hosts.jax, "devices", lambda *_: one_device)
     loop.train(read(str(file)), written / "one")
     streamed = ("--config.run.device_budget_mib=0", "--config.run.data_workers=0", "--config.run.mesh=data:2,fsdp:2")
     assert Start(file, written / "four", 1, "--hosts=4", *streamed).end()[0] == 0
@@ -236,6 +238,7 @@ def test_hosts_give_the_numbers_of_one_process(file, two_hosts, written):
     names = [{path.name for path in (written / run).iterdir()} for run in ("one", "two", "four")]
     assert names[0] | {"figures", "report.html"} == names[1] == names[2]
     assert len(list((two_hosts / "tensorboard").iterdir())) == 1
+    assert "1 CPU" in (written / "one" / "environment.json").read_text()
     assert "on 2 hosts" in (two_hosts / "environment.json").read_text()
 
 

@@ -43,7 +43,7 @@ class Layout:
     Attributes:
       pmap: whether the way is "pmap".
       devices: all of them, in the order of a batch.
-      mesh: the same, with the axes `data` and `fsdp`.
+      mesh: the same, with the axes `data` and `fsdp`; under pmap, only `data`.
     """
 
     def __init__(self, parallel: str, devices: list[jax.Device] | None = None, mesh: str = "", deterministic: bool = False):

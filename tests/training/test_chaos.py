@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_disturbed_runs_end_bit_equal(tmp_path):
-    """Kills, a damaged state, a host of two that dies, a folder and a disk that cannot be written; `make chaos` makes 100."""
-    command = [sys.executable, "-m", "tests.training.chaos", "7", str(tmp_path / "campaign")]
+    """Kills, SIGTERM, a damaged state, a host that dies, a folder and a disk that cannot be written; `make chaos` has 100."""
+    command = [sys.executable, "-m", "tests.training.chaos", "10", str(tmp_path / "campaign")]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)
     print(found)
-    assert done.returncode == 0 and found["cases"] == 7 and not found["wrong"], found
+    assert done.returncode == 0 and found["cases"] == 10 and not found["wrong"], found
 
 
 def test_campaign_goes_on_after_the_finished_cases(tmp_path, monkeypatch, capsys):

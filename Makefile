@@ -4,6 +4,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# With it, each of the many processes that tests start would compile its sources again, and those of the installed packages.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test chaos test-full test-lowest test-newest test-interop test-gpu-program check benchmark benchmark-gpu recipes recipes-gpu clean product tools interop engine
 
 help:  ## this list
@@ -24,7 +26,7 @@ QUICK = "not slow and not full"
 test: tools  ## the tests that a change needs: at most 8 minutes on 2 cores
 	$(RUN) $(PYTEST) -m $(QUICK)
 
-test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds; and all programs of GPUs
+test-full: tools  ## all tests, optimised, with samples in full size: damaged files, seeds; without PYTHON= also all programs of GPUs
 	$(OPTIMIZED) VIT_JAX_FUZZ_SEEDS=20 VIT_JAX_SEEDS=5 VIT_JAX_EPOCHS=3 VIT_JAX_PUBLISHED=all $(RUN) $(PYTEST)
 	$(if $(filter command line,$(origin PYTHON)),,$(MAKE) test-gpu-program PROGRAMS=)
 

@@ -20,7 +20,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions e
 if os.environ.get("VIT_JAX_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += NOT_OPTIMIZED
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# What one test compiled, no other compiles again, in any process: the workers of pytest-xdist and what tests start inherit the
+# What one test compiled, no other compiles again: the workers of pytest-xdist and what tests start inherit the
 # folder of the first process, with which it goes. JAX finds a program only under the same path of the folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="vit_jax-tests-")
